@@ -1,0 +1,33 @@
+# Two commands are enough: `make retrain` (the whole DAG on this machine) and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PRESET ?= mini
+LAKE ?= lake
+BIN := .venv/bin
+
+.PHONY: help venv retrain test bench lint clean
+
+help:            ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+venv: .venv/.stamp  ## the environment, exactly as tested
+
+.venv/.stamp: pyproject.toml infra/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	touch $@
+
+retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|paper LAKE=lake
+	$(BIN)/dreamlite retrain --preset $(PRESET) --lake $(LAKE)
+
+test: venv       ## all tests, without benchmarks
+	$(BIN)/python -m pytest tests
+
+bench: venv      ## measurements as 'BENCH name value target ok|short' lines
+	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s -q
+
+lint: venv       ## ruff
+	$(BIN)/ruff check dreamlite_data trainers flows tests
+
+clean:           ## caches and build leftovers; never the lake
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
