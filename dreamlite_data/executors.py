@@ -1,0 +1,218 @@
+"""Run one function over many tasks: in this machine's processes, or on Ray. Results come back in the order of the tasks.
+A task is a whole shard of work and names everything it needs, so both executors give equal results, byte for byte."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol
+
+from dreamlite_data.settings import RefreshSettings
+
+RAY_STARTS = 3
+RAY_OBJECT_STORE_MB = 200
+
+
+class ExecutorError(RuntimeError):
+    """Work could not be run at all (not: a bad row, which is a result)."""
+
+
+class Executor(Protocol):
+    """`map` calls `function(task)` for each task and yields the results in task order. `function` must be importable
+    (module level) and its results small: shards go to files, results are what was written where."""
+
+    name: str
+    started: int
+    """How often workers were started: stays 0 while there is nothing to do."""
+
+    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]: ...
+
+    def close(self) -> None: ...
+
+
+class LocalExecutor:
+    """Runs in this process (`workers=1`) or in `workers` fresh processes (spawned: DuckDB and torch do not survive a fork)."""
+
+    name = "local"
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+        self.started = 0
+        self._pool: ProcessPoolExecutor | None = None
+
+    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
+        if not tasks:
+            return
+        if self.workers == 1 or (len(tasks) == 1 and self._pool is None):
+            for task in tasks:
+                yield function(task)
+            return
+        if self._pool is None:
+            self.started += 1
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_quiet_worker)
+        waiting = iter(tasks)
+        running: collections.deque[Future] = collections.deque(
+            self._pool.submit(function, task) for task in itertools.islice(waiting, 2 * self.workers)
+        )
+        try:
+            while running:
+                result = running.popleft().result()
+                for task in itertools.islice(waiting, 1):
+                    running.append(self._pool.submit(function, task))
+                yield result
+        except BrokenProcessPool as error:
+            self.close()
+            raise ExecutorError(
+                "a local worker process died (most often: out of memory). What was committed is safe; run again, with fewer workers "
+                "or smaller ingest.rows_per_task"
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> LocalExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _quiet_worker() -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # one worker per core: libraries must not add threads of their own
+
+
+class RayExecutor:
+    """Runs tasks on Ray: the cluster at RAY_ADDRESS, else a private one of `num_workers` CPUs on this machine.
+    Ray starts with the first task and never without one."""
+
+    name = "ray"
+
+    def __init__(self, num_workers: int = 2) -> None:
+        self.num_workers = num_workers
+        self.started = 0
+        self._owns_cluster = False
+        self._remote: dict[tuple[str, str], Any] = {}
+
+    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
+        if not tasks:
+            return
+        ray = self._start()
+        wanted = {"num_cpus": 1.0, **(resources or {})}
+        self._refuse_unfit(ray, wanted)
+        remote = ray.remote(max_retries=3, **wanted)(_call)
+        waiting = iter(tasks)
+        name = (function.__module__, function.__qualname__)
+        in_flight = 2 * max(self.num_workers, int(ray.cluster_resources().get("CPU", 1)))
+        running = collections.deque(remote.remote(name, task) for task in itertools.islice(waiting, in_flight))
+        try:
+            while running:
+                try:
+                    result = ray.get(running[0])
+                except ray.exceptions.RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+                except ray.exceptions.RayError as error:
+                    raise ExecutorError(
+                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is safe; run again"
+                    ) from error
+                running.popleft()
+                for task in itertools.islice(waiting, 1):
+                    running.append(remote.remote(name, task))
+                yield result
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    @staticmethod
+    def _refuse_unfit(ray: Any, wanted: dict[str, float]) -> None:
+        have = ray.cluster_resources()
+        for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+            if wanted.get(key, 0) > have.get(name, 0):
+                raise ExecutorError(
+                    f"the Ray cluster offers {have.get(name, 0):g} {name}, a task needs {wanted[key]:g}: add nodes or lower the request"
+                )
+
+    def _start(self) -> Any:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        if ray.is_initialized():
+            return ray
+        self.started += 1
+        address = os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+        if not address:
+            options |= {"num_cpus": self.num_workers, "object_store_memory": RAY_OBJECT_STORE_MB * 2**20}
+            # Workers must find this package wherever the driver found it.
+            package_root = str(Path(__file__).resolve().parents[1])
+            paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+            if package_root not in paths:
+                os.environ["PYTHONPATH"] = os.pathsep.join([package_root, *filter(None, paths)])
+        else:
+            options = {"address": address, "log_to_driver": False}
+        for attempt in range(1, RAY_STARTS + 1):
+            try:
+                ray.init(**options)
+                break
+            except Exception as error:  # ray raises bare exceptions of many kinds when a start times out
+                ray.shutdown()
+                if attempt == RAY_STARTS:
+                    where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+                    raise ExecutorError(f"{where} did not start in {RAY_STARTS} tries: {error}. Use executor: local, or look at "
+                                        "/tmp/ray/session_latest/logs") from error  # fmt: skip
+                time.sleep(2.0 * attempt)
+        self._owns_cluster = not address
+        return ray
+
+    def close(self) -> None:
+        """Shut down the private Ray; a cluster at RAY_ADDRESS is only disconnected."""
+        if self.started:
+            import ray
+
+            if ray.is_initialized():
+                ray.shutdown()
+
+    def __enter__(self) -> RayExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _call(name: tuple[str, str], task: Any) -> Any:
+    """Runs on a Ray worker. The function goes by name, so its module (and models cached in it) is imported once per worker."""
+    module, qualified_name = name
+    target: Any = importlib.import_module(module)
+    for part in qualified_name.split("."):
+        target = getattr(target, part)
+    return target(task)
+
+
+def local(workers: int = 1) -> LocalExecutor:
+    """Work in this machine's processes; one worker means in this very process."""
+    return LocalExecutor(workers)
+
+
+def ray(num_workers: int = 2) -> RayExecutor:
+    """Work on Ray."""
+    return RayExecutor(num_workers)
+
+
+def from_settings(settings: RefreshSettings) -> LocalExecutor | RayExecutor:
+    """The executor that the settings ask for."""
+    return ray(settings.workers) if settings.executor == "ray" else local(settings.workers)

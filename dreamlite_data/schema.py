@@ -1,0 +1,127 @@
+"""The Arrow schema of every table in the lake, in one place, and the order in which they are created.
+Content tables are keyed by content, operator tables by (subject_id, op_version), tracking tables by run and step."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+ID = pa.string()  # hex sha256, or a name
+TIME = pa.timestamp("us", tz="UTC")
+
+
+def _schema(**fields: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, kind) for name, kind in fields.items()])
+
+
+CONTENT: dict[str, pa.Schema] = {
+    # image_id is the sha256 of `bytes`; the only table that holds image bytes.
+    "images": _schema(image_id=ID, bytes=pa.binary(), mime=ID, width=pa.int32(), height=pa.int32(), size_bytes=pa.int64()),
+    # One row per place an image came from. `stored` is 'original' or 'normalised'; `role` is '', 'source' or 'target'.
+    "provenance": _schema(
+        image_id=ID, record_id=ID, role=ID, source=ID, shard=ID, source_key=ID, url=ID, licence=ID, caption_raw=pa.string(),
+        stored=ID, original_mime=ID, original_sha256=ID, notes=pa.string(), ingested_in=ID,
+    ),
+    "captions": _schema(caption_id=ID, image_id=ID, style=ID, text=pa.string(), captioner=ID, op_version=ID),
+    "edits": _schema(
+        edit_id=ID, source_image_id=ID, target_image_id=ID, instruction=pa.string(), edit_type=ID, route=ID, parent_edit_id=ID,
+        op_version=ID,
+    ),
+    "scores": _schema(
+        subject_id=ID, op_version=ID, task=ID, scorer_id=ID, mu=pa.float32(), log_sigma=pa.float32(), error=pa.string()
+    ),
+}  # fmt: skip
+
+OPERATORS: dict[str, pa.Schema] = {
+    # One row per tar shard, or per file of a folder: what was read, and why a shard was quarantined.
+    "op_shard": _schema(
+        subject_id=ID, op_version=ID, source=ID, shard=ID, digest=ID, rows=pa.int64(), failed=pa.int64(), error=pa.string()
+    ),
+    # One row per record of a source, good or bad.
+    "op_ingest": _schema(
+        subject_id=ID, op_version=ID, source=ID, domain=ID, shard=ID, source_key=ID, task=ID, image_id=ID, source_image_id=ID,
+        caption_id=ID, edit_id=ID, notes=pa.string(), error=pa.string(), detail=pa.string(), shard_digest=ID,
+    ),
+    "op_quality": _schema(
+        subject_id=ID, op_version=ID, pixel_sha256=ID, phash=pa.uint64(), sharpness=pa.float32(), laplacian_variance=pa.float32(),
+        brightness=pa.float32(), contrast=pa.float32(), entropy_bits=pa.float32(), colourfulness=pa.float32(),
+        clipped_fraction=pa.float32(), error=pa.string(),
+    ),
+    # kind: 'first' (opens its group), 'pixels' (same pixels, other bytes), 'near' (pHash within the radius).
+    "op_duplicates": _schema(subject_id=ID, op_version=ID, group_id=ID, kind=ID, distance=pa.int32(), error=pa.string()),
+    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), error=pa.string()),
+    "op_caption": _schema(
+        subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
+        reason=pa.string(), error=pa.string(),
+    ),
+    "op_verify_caption": _schema(
+        subject_id=ID, op_version=ID, in_language=pa.bool_(), matches=pa.bool_(), reason=pa.string(), error=pa.string()
+    ),
+    # edit_mask: 8 x 8 cells row by row, one byte each, share of changed pixels in the cell as 0..255.
+    "op_verify_edit": _schema(
+        subject_id=ID, op_version=ID, in_language=pa.bool_(), matches=pa.bool_(), edited_fraction=pa.float32(),
+        outside_fraction=pa.float32(), edit_mask=pa.binary(), reason=pa.string(), error=pa.string(),
+    ),
+    # The highest position names the current version of each operator, so a setting that is turned back costs nothing.
+    "operator_versions": _schema(name=ID, op_version=ID, config_json=pa.string(), position=pa.int64()),
+}  # fmt: skip
+
+DATASETS: dict[str, pa.Schema] = {
+    "datasets": _schema(
+        name=ID, version=pa.int32(), digest=ID, policy_digest=ID, snapshot=pa.int64(), parent=pa.int32(), rows=pa.int64()
+    ),
+    "dataset_rows": _schema(
+        name=ID, version=pa.int32(), row_id=ID, task=ID, image_id=ID, source_image_id=ID, text=pa.string(), edit_type=ID,
+        edited_fraction=pa.float32(), edit_mask=pa.binary(), weight=pa.float32(), split=ID,
+    ),
+    "policy_rules": _schema(dataset=ID, version=pa.int32(), position=pa.int32(), rule=ID, body=pa.string(), parameters=pa.string()),
+    "decisions": _schema(
+        dataset=ID, version=pa.int32(), row_id=ID, image_id=ID, verdict=ID, first_rule=ID, rule_position=pa.int32(),
+        margin=pa.float64(), failed=pa.list_(pa.string()),
+    ),
+}  # fmt: skip
+
+TRACKING: dict[str, pa.Schema] = {
+    "runs": _schema(
+        run_id=ID, flow=ID, preset=ID, config_json=pa.string(), git_commit=ID, started_at=TIME, ended_at=TIME, state=ID
+    ),
+    "steps": _schema(
+        run_id=ID, step=ID, key=ID, state=ID, started_at=TIME, ended_at=TIME, seconds=pa.float64(), outputs_json=pa.string(),
+        metrics_json=pa.string(), key_parts_json=pa.string(),
+    ),
+    "lineage": _schema(child_kind=ID, child_id=ID, parent_kind=ID, parent_id=ID, role=ID),
+    "metrics": _schema(run_id=ID, step=ID, name=ID, position=pa.float64(), value=pa.float64()),
+    "checkpoints": _schema(
+        checkpoint_id=ID, stage=ID, path=pa.string(), step=pa.int64(), parent_id=ID, dataset=ID, dataset_version=ID, digest=ID
+    ),
+    "artifacts": _schema(artifact_id=ID, kind=ID, path=pa.string(), bytes=pa.int64(), digest=ID, metrics_json=pa.string()),
+    "evals": _schema(run_id=ID, stage=ID, task=ID, metric=ID, value=pa.float64(), n=pa.int64()),
+}  # fmt: skip
+
+TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING}
+
+CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id"}
+"""Tables in which a row is stored once however often a source brings it."""
+
+
+def conform(table: str, rows: pa.Table) -> pa.Table:
+    """`rows` with exactly the columns, order and types of `table`: missing columns become null, unknown ones raise
+    ValueError. Raises KeyError where the lake has no such table."""
+    schema = TABLES.get(table)
+    if schema is None:
+        raise KeyError(f"the lake has no table {table!r}; its tables are {', '.join(TABLES)}")
+    unknown = [name for name in rows.column_names if name not in schema.names]
+    if unknown:
+        raise ValueError(f"table {table!r} has no column {', '.join(unknown)}; its columns are {', '.join(schema.names)}")
+    columns = [
+        rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type) for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def rows_table(table: str, rows: list[dict]) -> pa.Table:
+    """A list of dicts as a table of `table`'s schema; a key that is no column raises ValueError."""
+    schema = TABLES[table]
+    unknown = sorted({key for row in rows for key in row} - set(schema.names))
+    if unknown:
+        raise ValueError(f"table {table!r} has no column {', '.join(unknown)}; its columns are {', '.join(schema.names)}")
+    return pa.Table.from_pylist(rows, schema=schema)
