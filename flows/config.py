@@ -1,0 +1,210 @@
+"""One configuration for the whole pipeline: a preset, then `--set a.b.c=value`, checked in full before any compute.
+Composes the settings that the data and trainer packages define; adds only seed, gates and how to run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dreamlite_data.settings import RefreshSettings
+from flows.gates import Gate
+from trainers.settings import (
+    ComponentsSettings,
+    DMD2Settings,
+    EvaluateSettings,
+    ExportSettings,
+    ModelSettings,
+    ReFLSettings,
+    SupervisedSettings,
+)
+
+PRESETS = Path(__file__).parent / "presets"
+STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
+"""Training stages in the order in which each starts from the checkpoint of the one before."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: one clear sentence a line, saying what, where and how to mend it."""
+
+
+class ExecSettings(BaseModel):
+    """How to run. Nothing here can change a result, so nothing here is part of a step's key.
+    Where data work runs is `refresh.executor` and `refresh.workers`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int | None = Field(None, ge=1, description="torch threads of a training process; None leaves torch's own choice")
+    engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
+
+
+class TrainSettings(BaseModel):
+    """One block per training stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    t2i: SupervisedSettings = Field(default_factory=SupervisedSettings)
+    edit: SupervisedSettings = Field(default_factory=SupervisedSettings)
+    joint: SupervisedSettings = Field(default_factory=SupervisedSettings)
+    sft: SupervisedSettings = Field(default_factory=SupervisedSettings)
+    refl: ReFLSettings = Field(default_factory=ReFLSettings)
+    dmd2: DMD2Settings = Field(default_factory=DMD2Settings)
+
+
+class PipelineConfig(BaseModel):
+    """Everything a `retrain` or `refresh` needs to know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    preset: str = ""
+    seed: int = Field(0, ge=0, description="the one seed from which every random choice follows")
+    refresh: RefreshSettings = Field(default_factory=RefreshSettings)
+    components: ComponentsSettings = Field(default_factory=ComponentsSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
+    gates: list[Gate] = Field(default_factory=list)
+    exec: ExecSettings = Field(default_factory=ExecSettings)
+
+    @model_validator(mode="after")
+    def _gates_name_steps(self) -> PipelineConfig:
+        evaluations = [f"evaluate_{stage}" for stage in STAGES] + ["evaluate_export"]
+        for gate in self.gates:
+            for name in filter(None, (gate.after, gate.compared_to)):
+                if name not in evaluations:
+                    raise ValueError(f"gates: no evaluation step '{name}'; there are {', '.join(evaluations)}")
+            if gate.compared_to and evaluations.index(gate.compared_to) >= evaluations.index(gate.after):
+                raise ValueError(f"gates: '{gate.compared_to}' must come before '{gate.after}'")
+        return self
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the project."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The validated configuration of a preset (a name, or a path to a YAML file) with 'a.b.c=value' overrides.
+
+    Raises ConfigError with one sentence per mistake.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no preset '{preset}': give one of {', '.join(presets())}, or the path of a .yaml file{_did_you_mean(preset, presets())}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings as 'name: value', it holds {type(values).__name__}")
+    values.setdefault("preset", path.stem)
+    from_command: dict[str, str] = {}
+    for text in overrides:
+        dotted, equals, value = text.partition("=")
+        dotted = dotted.strip()
+        if not equals or not dotted:
+            raise ConfigError(f"--set '{text}' is not of the form name.of.setting=value")
+        from_command[dotted] = text
+        _put(values, dotted, yaml.safe_load(value) if value else None, text)
+    where = _Where(path, from_command)
+    if unknown := [_unknown_sentence(name, where) for name in _unknown(values, PipelineConfig)]:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_sentence(item, where) for item in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Says in which file or on which part of the command line a setting was written."""
+
+    path: Path
+    from_command: dict[str, str]
+
+    def of(self, dotted: str) -> str:
+        command = next((text for name, text in self.from_command.items() if dotted == name or dotted.startswith(name + ".")), None)
+        return f"in --set '{command}'" if command else f"in {self.path.name}"
+
+
+def _unknown(values: Any, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names in `values` that no settings class knows."""
+    for name, value in values.items():
+        dotted = f"{prefix}.{name}" if prefix else str(name)
+        if name not in model.model_fields:
+            yield dotted
+            continue
+        for kind in _models_in(model.model_fields[name].annotation):
+            for at, item in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(item, dict):
+                    yield from _unknown(item, kind, f"{dotted}.{at}" if isinstance(value, list) else dotted)
+
+
+def _unknown_sentence(dotted: str, where: _Where) -> str:
+    names = list(setting_names())
+    parent, _, last = dotted.rpartition(".")
+    siblings = [name for name in names if name.rpartition(".")[0] == parent]
+    namesakes = [name for name in names if name.rpartition(".")[2] == last]
+    hint = _did_you_mean(dotted, siblings) or _did_you_mean(dotted, namesakes or names)
+    return f"unknown setting '{dotted}' {where.of(dotted)}{hint}"
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, text: str) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = values
+    for name in parents:
+        if isinstance(node, list):
+            node = _item(node, name, text)
+            continue
+        if not isinstance(node.setdefault(name, {}), (dict, list)):
+            raise ConfigError(f"--set '{text}': '{name}' is a single value in this preset and has no '{last}'")
+        node = node[name]
+    if isinstance(node, list):
+        _item(node, last, text)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(node: list[Any], name: str, text: str) -> Any:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ConfigError(f"--set '{text}': '{name}' must be the index of one of {len(node)} list items, counted from 0")
+    return node[int(name)]
+
+
+def _sentence(item: Any, where: _Where) -> str:
+    dotted = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if not dotted:
+        return f"{message} ({where.path.name})"
+    given = "" if item["type"] == "missing" or isinstance(item["input"], (dict, list)) else f", not {item['input']!r}"
+    return f"setting '{dotted}' {where.of(dotted)}: {message[0].lower() + message[1:]}{given}"
+
+
+def _did_you_mean(name: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6) or [
+        option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]
+    ][:3]
+    return f"; did you mean {' or '.join(repr(option) for option in close)}?" if close else ""
+
+
+def setting_names(model: type[BaseModel] = PipelineConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted name that `--set` takes."""
+    for name, field in model.model_fields.items():
+        dotted = f"{prefix}.{name}" if prefix else name
+        yield dotted
+        for kind in _models_in(field.annotation):
+            yield from setting_names(kind, dotted)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,133 @@
+"""How a command becomes a run: config, plan, then Prefect around the same steps, or the steps alone.
+Prefect mirrors; the lake is the truth. No server, or a server that dies, never costs a result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dreamlite_data.lake import Lake
+from flows.config import PipelineConfig, load_config
+from flows.gates import GateFailed
+from flows.run import Planned, Run
+from flows.step import Step, StepFailed
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false", "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""No download and no report home unless the user's environment says otherwise."""
+
+SERVER_STARTUP_S = 240
+"""A cold embedded server needs some 33 CPU-seconds; the default limit of 20 s fails on a busy machine."""
+
+
+def go_offline() -> None:
+    """Set the offline switches that the user has not set."""
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+
+
+def embed_prefect(lake_root: Path) -> None:
+    """Settings of the embedded server, to be in the environment before Prefect is imported. A user's own settings win."""
+    os.environ.setdefault("PREFECT_HOME", str(lake_root.resolve() / "prefect"))
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(SERVER_STARTUP_S))
+    os.environ.setdefault("PREFECT_SERVER_API_HOST", "127.0.0.1")
+    os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
+
+
+def build_steps(flow: str, config: PipelineConfig) -> list[Step]:
+    """The DAG of a flow, in order."""
+    if flow == "refresh":
+        from flows.refresh import refresh_steps
+
+        return refresh_steps(config)
+    if flow == "retrain":
+        from flows.retrain import retrain_steps
+
+        return retrain_steps(config)
+    raise ValueError(f"no flow '{flow}': there are refresh and retrain")
+
+
+def until_step(steps: Sequence[Step], until: str | None) -> list[Step]:
+    """The steps that `until` needs, itself included, in order; all of them for None."""
+    if until is None:
+        return list(steps)
+    by_name = {step.name: step for step in steps}
+    if until not in by_name:
+        raise ValueError(f"no step '{until}': there are {', '.join(by_name)}")
+    needed, pending = set(), [until]
+    while pending:
+        name = pending.pop()
+        if name not in needed:
+            needed.add(name)
+            pending += by_name[name].parents
+    return [step for step in steps if step.name in needed]
+
+
+def prepare(
+    flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None,
+    say: Callable[[str], None] = print, read_only: bool = False,
+) -> Run:
+    """Check the config, open the lake and lay out the run. Computes nothing."""
+    config = load_config(preset, overrides)
+    steps = until_step(build_steps(flow, config), until)
+    names = {step.name for step in steps}
+    return Run(
+        Lake(lake_root, read_only=read_only), flow, steps, preset=config.preset, config=config.model_dump(mode="json"),
+        gates=[gate for gate in config.gates if {gate.after, gate.compared_to} - {None} <= names], say=say,
+    )
+
+
+def execute(
+    flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None,
+    engine: str | None = None, say: Callable[[str], None] = print, warn: Callable[[str], None] = print,
+) -> Run:
+    """Bring a flow up to date. Starts neither Prefect nor Ray when every step is done.
+
+    Raises ConfigError, StepFailed or GateFailed; everything finished until then stays finished.
+    """
+    go_offline()
+    run = prepare(flow, preset, lake_root, overrides, until, say)
+    plan = run.plan()
+    if all(planned.state == "done" for planned in plan):
+        run.take_done(plan)
+        say(f"nothing to do: all {len(plan)} steps of {flow} are done")
+        return run
+    say(describe_plan(plan))
+    if (engine or run.config["exec"]["engine"]) == "prefect":
+        try:
+            return under_prefect(flow, preset, lake_root, overrides, until, say)
+        except (StepFailed, GateFailed, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever kills a server or its client: the work itself needs neither
+            warn(f"Prefect failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it")
+            run = prepare(flow, preset, lake_root, overrides, until, say)
+    run.run_all()
+    return run
+
+
+def under_prefect(
+    flow: str, preset: str, lake_root: Path, overrides: Sequence[str], until: str | None, say: Callable[[str], None]
+) -> Run:
+    """Run the flow as a Prefect flow run with one task run per step."""
+    embed_prefect(lake_root)
+    from flows import deployments
+
+    say("starting Prefect (" + (os.environ.get("PREFECT_API_URL") or f"embedded, {os.environ['PREFECT_HOME']}") + ")")
+    body = {"refresh": deployments.refresh, "retrain": deployments.retrain}[flow]
+    with deployments.keep_run(say) as kept:
+        body(preset=preset, lake=str(lake_root), overrides=list(overrides), until=until)
+    return kept[0]
+
+
+def describe_plan(plan: Sequence[Planned]) -> str:
+    """One line: how much is done and what comes."""
+    todo = [planned.step.name for planned in plan if planned.state != "done"]
+    return f"{len(plan) - len(todo)} of {len(plan)} steps are done; to do: {', '.join(todo)}"

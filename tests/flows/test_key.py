@@ -1,0 +1,135 @@
+"""A key changes exactly when the bytes could: spec, inputs, seed, code of a helper; never exec settings or looks."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import BaseModel
+
+from flows.key import PACKAGES, SourceTree, canonical_json, difference, digest, spec_of
+from flows.step import Step, StepRecord, StepResult
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A small project with the three packages: a step's module, a helper two imports away, a policy, a stranger."""
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "dreamlite_data/refresh.py").write_text(
+        "from dreamlite_data import middle\n\n\ndef run():\n    from . import late\n    return middle.twice(late.ONE)\n"
+    )
+    (tmp_path / "dreamlite_data/middle.py").write_text("from dreamlite_data.deep import double as twice\n")
+    (tmp_path / "dreamlite_data/deep.py").write_text('"""Doc."""\n\n\ndef double(x):\n    """Twice."""\n    return 2 * x\n')
+    (tmp_path / "dreamlite_data/late.py").write_text("ONE = 1\n")
+    (tmp_path / "dreamlite_data/keep.sql").write_text("-- keep the sharp\nSELECT *\nFROM op_quality WHERE sharpness > 1\n")
+    (tmp_path / "trainers/loop.py").write_text("STEPS = 3\n")
+    return tmp_path
+
+
+def key(root: Path, **changes) -> str:
+    step = Step(**{"name": "quality", "run": lambda ctx: StepResult(), "code": ("dreamlite_data.refresh",), "spec": {"a": 1}, **changes})
+    return digest(step.parts({}, SourceTree(root)))
+
+
+def test_closure_follows_imports_through_helpers_and_functions(tree):
+    assert SourceTree(tree).closure(["dreamlite_data.refresh"]) == [
+        "dreamlite_data", "dreamlite_data.deep", "dreamlite_data.late", "dreamlite_data.middle", "dreamlite_data.refresh",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("dreamlite_data/deep.py", "def double(x):\n    return 3 * x\n"),
+        ("dreamlite_data/late.py", "ONE = 2\n"),
+        ("dreamlite_data/__init__.py", "FLAG = True\n"),
+        ("dreamlite_data/keep.sql", "SELECT * FROM op_quality WHERE sharpness > 2\n"),
+    ],
+)
+def test_a_change_in_anything_the_step_uses_changes_the_key(tree, file, text):
+    before = key(tree)
+    (tree / file).write_text(text)
+    assert key(tree) != before
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("dreamlite_data/deep.py", '"""Other words."""\n# a comment\ndef double( x ):\n    """Same."""\n\n    return (2 * x)\n'),
+        ("dreamlite_data/keep.sql", "-- another remark\nSELECT *   FROM op_quality\nWHERE sharpness > 1\n"),
+        ("trainers/loop.py", "STEPS = 4\n"),
+        ("dreamlite_data/unused.py", "X = 1\n"),
+    ],
+)
+def test_looks_and_strangers_do_not_change_the_key(tree, file, text):
+    before = key(tree)
+    (tree / file).write_text(text)
+    assert key(tree) == before
+
+
+def test_alone_counts_the_module_but_not_its_imports(tree):
+    (tree / "trainers/stages.py").write_text("from trainers import loop\n")
+    before = key(tree, alone=("trainers.stages",))
+    (tree / "trainers/loop.py").write_text("STEPS = 4\n")
+    assert key(tree, alone=("trainers.stages",)) == before
+    (tree / "trainers/stages.py").write_text("from trainers import loop\nEXTRA = 1\n")
+    assert key(tree, alone=("trainers.stages",)) != before
+
+
+def test_naming_code_that_is_not_there_is_refused(tree):
+    with pytest.raises(ValueError, match="dreamlite_data.nowhere"):
+        key(tree, code=("dreamlite_data.nowhere",))
+
+
+@pytest.mark.parametrize("changes", [{"spec": {"a": 2}}, {"spec": {"a": 1, "b": None}}, {"seed": 1}, {"name": "caption"},
+                                     {"external": lambda: {"folder": "x"}}])
+def test_spec_seed_name_and_outside_content_change_the_key(tree, changes):
+    assert key(tree, **changes) != key(tree)
+
+
+class Inner(BaseModel):
+    steps: int = 3
+    device: str = "cpu"
+
+
+class Settings(BaseModel):
+    EXEC_FIELDS: ClassVar = frozenset({"shard_target_mb"})
+
+    inner: Inner = Inner()
+    threshold: float = 0.5
+    workers: int = 1
+    executor: str = "local"
+    shard_target_mb: int = 16
+
+
+def test_exec_settings_never_reach_the_spec_and_every_other_does():
+    base = spec_of(Settings())
+    moved = Settings(workers=9, executor="ray", shard_target_mb=1, inner=Inner(device="cuda"))
+    assert canonical_json(spec_of(moved)) == canonical_json(base)
+    assert spec_of(Settings(inner=Inner(steps=4))) != base
+    assert spec_of(Settings(threshold=0.6)) != base
+
+
+def test_an_input_counts_by_the_item_that_is_read(tmp_path, tree):
+    def record(**digests: str) -> StepRecord:
+        return StepRecord("curate", "k", "r", 0.0, tmp_path, {}, {}, digests, {})
+
+    step = Step("t2i", lambda ctx: StepResult(), code=("trainers.loop",), inputs=("curate:t2i",))
+    sources = SourceTree(tree)
+    base = digest(step.parts({"curate": record(t2i="1", edit="1")}, sources))
+    assert digest(step.parts({"curate": record(t2i="1", edit="2")}, sources)) == base
+    assert digest(step.parts({"curate": record(t2i="2", edit="1")}, sources)) != base
+
+
+def test_difference_names_the_part():
+    old = {"spec": {"a": 1, "b": {"c": 2}}, "code": {"x": "1"}}
+    new = {"spec": {"a": 1, "b": {"c": 3}}, "code": {"x": "1", "y": "2"}}
+    assert difference(old, new) == [("code.y", None, "2"), ("spec.b.c", 2, 3)]
+
+
+def test_canonical_json_refuses_what_has_no_stable_text():
+    with pytest.raises(ValueError):
+        canonical_json({"a": float("nan")})
+    with pytest.raises(TypeError, match="plain JSON"):
+        canonical_json({"a": object()})
