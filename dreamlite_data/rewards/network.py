@@ -1,0 +1,168 @@
+"""The network of a reward model: a Qwen-VL backbone from transformers and one MLP head per prompt.
+Scoring, ReFL and the training of small-world rewards all run this forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLModel, Qwen2VLModel
+
+from dreamlite_data.rewards.loader import (
+    RewardCheckpointError,
+    head_widths,
+    load_weights,
+    stored_shapes,
+    vocabulary_rows,
+    weight_files,
+)
+
+BACKBONES = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
+TRUNK = 0
+PADDING = -1
+HEAD_DROPOUT = 0.05  # HPSv3's ranknet head; active in training only
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedText:
+    """A batch of token sequences, each a trunk (images and what all prompts share) followed by branches (one per
+    prompt) that see the trunk and themselves, never one another.
+
+    `ids`, `positions`, `branch`: int64 [B, L]; `branch` is 0 on the trunk, 1.. on branches, -1 on padding.
+    Positions restart after the trunk for every branch, so a branch scores as if it stood alone.
+    `reward_index`: int64 [B, K], where branch k's reward token stands.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    branch: Tensor
+    reward_index: Tensor
+
+    @classmethod
+    def pack(cls, rows: list[tuple[list[int], list[list[int]]]], padding_id: int) -> PackedText:
+        """Pack (trunk ids, ids of each branch) rows, padded on the right; every row has the same number of branches."""
+        length = max(len(trunk) + sum(map(len, branches)) for trunk, branches in rows)
+        ids = torch.full((len(rows), length), padding_id)
+        positions = torch.zeros((len(rows), length), dtype=torch.int64)
+        branch = torch.full((len(rows), length), PADDING)
+        reward_index = torch.zeros((len(rows), len(rows[0][1])), dtype=torch.int64)
+        for row, (trunk, branches) in enumerate(rows):
+            sequence, place, member = list(trunk), list(range(len(trunk))), [TRUNK] * len(trunk)
+            for number, part in enumerate(branches):
+                sequence += part
+                place += range(len(trunk), len(trunk) + len(part))
+                member += [number + 1] * len(part)
+                reward_index[row, number] = len(sequence) - 1
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            positions[row, : len(sequence)] = torch.tensor(place)
+            branch[row, : len(sequence)] = torch.tensor(member)
+        return cls(ids, positions, branch, reward_index)
+
+    def to(self, device: torch.device | str) -> PackedText:
+        """The same batch on `device`."""
+        return PackedText(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
+    def attention_mask(self) -> Tensor | None:
+        """Bool [B, 1, L, L], True where a query (dim 2) may see a key. None for a single branch: there plain causal
+        attention is the same, because padding stands to the right."""
+        if self.reward_index.shape[1] == 1:
+            return None
+        length = self.ids.shape[1]
+        query, key = self.branch[:, :, None], self.branch[:, None, :]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
+        return (causal & ((key == TRUNK) | (key == query)))[:, None]
+
+
+def make_head(widths: list[int]) -> nn.Sequential:
+    """HPSv3's `ranknet` head (3,687,474 parameters at widths 3584, 1024, 16, 2); the last two are mu and log sigma."""
+    hidden, wide, narrow, outputs = widths
+    return nn.Sequential(
+        nn.Linear(hidden, wide), nn.ReLU(), nn.Dropout(HEAD_DROPOUT),
+        nn.Linear(wide, narrow), nn.ReLU(), nn.Linear(narrow, outputs),
+    )  # fmt: skip
+
+
+class RewardNetwork(nn.Module):
+    """Backbone and heads. `config` is the transformers config with the checkpoint's true vocabulary size."""
+
+    def __init__(self, config: PreTrainedConfig, widths: list[list[int]]) -> None:
+        super().__init__()
+        if config.model_type not in BACKBONES:
+            raise RewardCheckpointError(f"no reward backbone for {config.model_type!r}, only {sorted(BACKBONES)}")
+        self.backbone = BACKBONES[config.model_type]._from_config(config, attn_implementation="sdpa")
+        self.heads = nn.ModuleList(make_head(each) for each in widths)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.heads[0][0].weight.device
+
+    def image_features(self, patches: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
+        """Visual tokens [sum of tokens, hidden] of images given as patches [rows * columns, D] and (rows, columns)."""
+        visual = self.backbone.visual
+        grid = torch.tensor([(1, *each) for each in grids], device=self.device)
+        pixels = torch.cat(patches).to(self.device, visual.patch_embed.proj.weight.dtype)
+        return visual(pixels, grid_thw=grid).pooler_output
+
+    def hidden_states(self, features: Tensor, text: PackedText, positions: Tensor | None = None) -> Tensor:
+        """Final hidden states [B, L, hidden]. `features` fill the image tokens in order.
+
+        Positions are 0, 1, 2, ... on all three rotary axes, images included: both reward models were trained without
+        the 3-D image grid, and the grid gives other scores. `positions` [3, B, L] replaces them in tests only.
+        """
+        embedded = self.backbone.get_input_embeddings()(text.ids)
+        where = text.ids == self.config.image_token_id
+        if int(where.sum()) != features.shape[0]:
+            raise ValueError(f"{int(where.sum())} image tokens in the text for {features.shape[0]} visual features")
+        embedded = embedded.masked_scatter(where[..., None], features.to(embedded.dtype))
+        if positions is None:
+            positions = text.positions[None].expand(3, -1, -1)
+        return self.backbone.language_model(
+            inputs_embeds=embedded, position_ids=positions, attention_mask=text.attention_mask(), use_cache=False
+        ).last_hidden_state
+
+    def forward(self, features: Tensor, text: PackedText, positions: Tensor | None = None) -> Tensor:
+        """(mu, log sigma) in float32 [B, K, 2]. Branch k is read by head k, or by the only head where there is one."""
+        hidden = self.hidden_states(features, text, positions)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+        rewards = hidden[rows, text.reward_index].float()
+        if len(self.heads) == 1:
+            return self.heads[0](rewards)
+        return torch.stack([head(rewards[:, index]) for index, head in enumerate(self.heads)], dim=1)
+
+
+def load_network(model_dir: Path, device: str | torch.device, dtype: torch.dtype) -> RewardNetwork:
+    """Build and fill the network of a checkpoint directory; frozen, in eval mode.
+
+    Raises RewardCheckpointError where config.json or the weights are missing or do not fit one another.
+    """
+    files = weight_files(model_dir)
+    if not (Path(model_dir) / "config.json").exists():
+        raise RewardCheckpointError(f"{model_dir} has no config.json; copy it from the base model")
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    shapes = stored_shapes(files)
+    widths = head_widths(shapes)
+    if not widths:
+        raise RewardCheckpointError(f"{model_dir}: no reward head among the weights (looked for rm_head.* and rm_heads.*)")
+    config.text_config.vocab_size = vocabulary_rows(shapes, Path(model_dir))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, None)  # unused here, and the base's ids may lie past a shrunk vocabulary
+    with torch.device("meta"):
+        network = RewardNetwork(config, widths)
+    load_weights(network, files, device=device, dtype=dtype)
+    # Rotary frequencies are no parameters: computed anew, outside the meta device.
+    backbone = network.backbone
+    for owner, name, part in (
+        (backbone.language_model, "rotary_emb", config.text_config),
+        (backbone.visual, "rotary_pos_emb", config.vision_config),
+    ):
+        setattr(owner, name, type(getattr(owner, name))(part).to(device))
+    left = [name for name, value in [*network.named_parameters(), *network.named_buffers()] if value.is_meta]
+    if left:
+        raise RewardCheckpointError(f"{model_dir}: {', '.join(left)} could not be materialised")
+    return network.requires_grad_(False).eval()

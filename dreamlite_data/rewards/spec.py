@@ -1,0 +1,96 @@
+"""What distinguishes one reward model from another: its kind, prompts, heads and pixel budget, all data.
+The released models' specs ship as JSON; a checkpoint directory may override any field with `reward_spec.json`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dreamlite_data.rewards.loader import RewardCheckpointError
+
+SPEC_FILE = "reward_spec.json"
+PROMPT_FIELD = "{text_prompt}"
+PREPROCESSING_VERSION = 1
+"""Raise it when ids or pixels change for the same input: it is a part of every `scorer_id`."""
+
+KIND_OF_ARCHITECTURE = {"qwen2_vl": "hpsv3", "qwen2_5_vl": "editreward"}
+
+
+class RewardSpec(BaseModel):
+    """One reward model's contract.
+
+    `prompts[i]` is read by head i, `heads[i]` names what it judges; the score is the mean over heads (EditReward's
+    `pooling_strategy: mean`). `suffix` ends the text and holds the reward token; what follows that token cannot
+    influence a causal model and is dropped. `min_px`/`max_px` bound the area after resizing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["hpsv3", "editreward"]
+    heads: tuple[str, ...] = Field(min_length=1)
+    images: Literal[1, 2]
+    prompts: tuple[str, ...] = Field(min_length=1)
+    suffix: str
+    min_px: int = Field(gt=0)
+    max_px: int = Field(gt=0)
+    reward_token: str = "<|Reward|>"
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardSpec:
+        if len(self.prompts) != len(self.heads):
+            raise ValueError(f"{len(self.prompts)} prompts for {len(self.heads)} heads: one prompt per head is needed")
+        for prompt in self.prompts:
+            if prompt.count(PROMPT_FIELD) != 1:
+                raise ValueError(f"a prompt must hold {PROMPT_FIELD} exactly once: {prompt!r}")
+        if self.suffix.count(self.reward_token) != 1:
+            raise ValueError(f"the suffix must hold {self.reward_token!r} exactly once: {self.suffix!r}")
+        if self.min_px > self.max_px:
+            raise ValueError(f"min_px {self.min_px} is greater than max_px {self.max_px}")
+        return self
+
+    def text(self, prompt: str, head: int) -> str:
+        """The one text segment that stands between the last image and the reward token of `head`."""
+        return self.prompts[head].replace(PROMPT_FIELD, prompt) + self.suffix.split(self.reward_token)[0]
+
+    def digest(self) -> str:
+        """sha256 of every field and of the preprocessing version."""
+        fields = self.model_dump(mode="json") | {"preprocessing": PREPROCESSING_VERSION}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def released_spec(kind: str) -> dict[str, object]:
+    """The fields of a released model's spec, as shipped in this package's `data/` folder."""
+    return json.loads((resources.files("dreamlite_data.rewards") / "data" / f"{kind}.json").read_text("utf-8"))
+
+
+def read_spec(model_dir: Path, architecture: str) -> RewardSpec:
+    """The spec of a checkpoint directory: the released one of its architecture, with the overrides of
+    `reward_spec.json` where that file exists. Raises RewardCheckpointError on an unknown field or a bad value."""
+    path = Path(model_dir) / SPEC_FILE
+    overrides: dict[str, object] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    kind = overrides.get("kind", KIND_OF_ARCHITECTURE.get(architecture))
+    if kind not in KIND_OF_ARCHITECTURE.values():
+        raise RewardCheckpointError(
+            f"{model_dir}: no reward model is known for architecture {architecture!r} and kind {kind!r}; "
+            f"known kinds are {sorted(KIND_OF_ARCHITECTURE.values())}"
+        )
+    for name in overrides:
+        if name not in RewardSpec.model_fields:
+            close = difflib.get_close_matches(name, RewardSpec.model_fields, n=1)
+            raise RewardCheckpointError(
+                f"{path}: unknown field {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
+            )
+    try:
+        return RewardSpec.model_validate(released_spec(str(kind)) | overrides)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise RewardCheckpointError(f"{path}: {where}: {first['msg']}") from error
