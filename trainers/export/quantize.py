@@ -1,0 +1,114 @@
+"""Static int8 of the exported UNet: QDQ, one scale per output channel, calibrated on the student's own trajectory.
+Records the machine too, for int8 on x86 without VNNI is wrong unless the session is told to be careful."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+from trainers.export.graphs import save_clean
+from trainers.export.settings import ExportSettings
+
+SESSION_OPTIONS = {"session.x64quantprecision": "1"}
+"""U8 activations times S8 weights saturate in AVX2's 16-bit adds (microsoft/onnxruntime#6004): seen 11 dB instead of
+26 dB. This option takes the exact kernels; it is ignored where it is not needed."""
+
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+
+Feed = dict[str, np.ndarray]
+
+
+class _Feeds(CalibrationDataReader):
+    def __init__(self, feeds: list[Feed]) -> None:
+        self._left: Iterator[Feed] = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        """The next UNet input, or None after the last."""
+        return next(self._left, None)
+
+
+def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: ExportSettings) -> dict[str, Any]:
+    """Write the int8 UNet of `source` to `target` and return the record for the manifest.
+
+    feeds: inputs of every UNet call of the calibration rows, all deployed sigmas in equal number.
+    Convolutions and matrix products with a constant weight become int8; attention products, norms and the layers of
+    settings.float_layers stay float.
+    """
+    if not feeds:
+        raise ValueError("int8 export needs calibration rows; pass calibration=[...] or set export.quantize: false.")
+    model = onnx.load(source)
+    chosen, kept = _choose_nodes(model, settings.float_layers)
+    if not chosen:
+        raise ValueError(f"export.float_layers {list(settings.float_layers)} leaves nothing to quantize in {source}.")
+    percentile = settings.calibration_method == "percentile"
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # the quantizer logs advice on pre-processing that does not hold for this graph
+    try:
+        quantize_static(
+            str(source),
+            str(target),
+            _Feeds(feeds),
+            quant_format=QuantFormat.QDQ,
+            per_channel=settings.per_channel,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8 if settings.weight_type == "int8" else QuantType.QUInt8,
+            nodes_to_quantize=chosen,
+            calibrate_method=CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax,
+            extra_options={"CalibPercentile": settings.calibration_percentile} if percentile else {},
+        )
+    finally:
+        root.setLevel(level)
+    quantized = onnx.load(target)
+    save_clean(quantized, target)
+    return {
+        "format": "QDQ",
+        "activations": "uint8",
+        "weights": settings.weight_type,
+        "per_channel": settings.per_channel,
+        "calibration": {
+            "method": settings.calibration_method,
+            "unet_calls": len(feeds),
+            "samples": int(sum(len(feed["sample"]) for feed in feeds)),
+            "timesteps": sorted({round(float(feed["timestep"][0]), 4) for feed in feeds}, reverse=True),
+        },
+        "int8_layers": len(chosen),
+        "float_layers": kept,
+        "int8_weight_share": _int8_share(quantized),
+        "cpu_flags": cpu_flags(),
+    }
+
+
+def cpu_flags() -> list[str]:
+    """Vector extensions of this machine that decide how int8 is computed (empty where /proc/cpuinfo is not there)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    words = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return [flag for flag in CPU_FLAGS if flag in words]
+
+
+def _choose_nodes(model: onnx.ModelProto, float_layers: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Names of the nodes with a constant weight: those to quantize, and those that float_layers keeps."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    chosen, kept = [], []
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "MatMul", "Gemm") and node.input[1] in constants:
+            (kept if any(part in node.name for part in float_layers) else chosen).append(node.name)
+    return chosen, kept
+
+
+def _int8_share(model: onnx.ModelProto) -> float:
+    """Share of all stored weight values that are 8 bit."""
+    sizes = {8: 0, 32: 0}
+    for tensor in model.graph.initializer:
+        small = tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        sizes[8 if small else 32] += int(np.prod(tensor.dims))
+    return round(sizes[8] / max(sum(sizes.values()), 1), 4)

@@ -1,0 +1,55 @@
+"""What can be chosen about an export, in one place; every field changes bytes of the bundle or of its report.
+Composed by the pipeline configuration, so unknown keys are refused there and here alike."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RELEASE_LICENCE = "CC-BY-NC-4.0"
+"""Licence of the released DreamLite weights; everything derived from them inherits it."""
+
+
+class ExportSettings(BaseModel):
+    """Settings of `export_bundle` and `evaluate_bundle`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(4, ge=1, le=64, description="Euler steps the student was distilled for.")
+    sequence_tokens: int = Field(
+        128, ge=8, description="Text tokens the UNet sees after the dropped prefix; longer prompts are cut, edits refused."
+    )
+    text_encoder: bool = Field(
+        True, description="Export the encoder as ONNX too. Off: it stays a named external part (a 2 B encoder)."
+    )
+    quantize: bool = Field(True, description="Also write the int8 UNet.")
+    weight_type: Literal["int8", "uint8"] = Field(
+        "int8",
+        description="int8: symmetric, what phone compilers take; x86 needs session.x64quantprecision, which the runner sets. "
+        "uint8: right everywhere without that option.",
+    )
+    per_channel: bool = Field(True, description="One weight scale per output channel.")
+    calibration_rows: int = Field(64, ge=1, description="Rows taken from the calibration list, generate and edit in turn.")
+    calibration_method: Literal["minmax", "percentile"] = "minmax"
+    calibration_percentile: float = Field(99.99, gt=50, le=100)
+    float_layers: tuple[str, ...] = Field(
+        ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj"),
+        description="UNet layers whose path contains one of these stay float in the int8 graph.",
+    )
+    parity_rows: int = Field(4, ge=1, description="Rows per task of the parity report; also the bundle's samples.")
+    max_abs_error: float = Field(1e-3, gt=0, description="A float graph further than this from torch stops the export.")
+    evaluate_rows: int = Field(200, ge=1, description="Held-out scenes per task in evaluate_bundle.")
+    threads: int = Field(1, ge=1, description="ONNX Runtime threads; one is fastest for small nets on a busy machine.")
+    seed: int = 0
+    weights_licence: str = "Apache-2.0"
+    derived_from_release: bool = Field(False, description="The run started from the released DreamLite weights.")
+
+    @model_validator(mode="after")
+    def _inherit_licence(self) -> ExportSettings:
+        if self.derived_from_release and self.weights_licence != RELEASE_LICENCE:
+            raise ValueError(
+                f"export.weights_licence is '{self.weights_licence}', but weights derived from the DreamLite release "
+                f"are {RELEASE_LICENCE}; set export.weights_licence: {RELEASE_LICENCE}."
+            )
+        return self
