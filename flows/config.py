@@ -14,15 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dreamlite_data.settings import RefreshSettings
 from flows.gates import Gate
-from trainers.settings import (
-    ComponentsSettings,
-    DMD2Settings,
-    EvaluateSettings,
-    ExportSettings,
-    ModelSettings,
-    ReFLSettings,
-    SupervisedSettings,
-)
+from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
@@ -43,19 +35,6 @@ class ExecSettings(BaseModel):
     engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
 
 
-class TrainSettings(BaseModel):
-    """One block per training stage."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    t2i: SupervisedSettings = Field(default_factory=SupervisedSettings)
-    edit: SupervisedSettings = Field(default_factory=SupervisedSettings)
-    joint: SupervisedSettings = Field(default_factory=SupervisedSettings)
-    sft: SupervisedSettings = Field(default_factory=SupervisedSettings)
-    refl: ReFLSettings = Field(default_factory=ReFLSettings)
-    dmd2: DMD2Settings = Field(default_factory=DMD2Settings)
-
-
 class PipelineConfig(BaseModel):
     """Everything a `retrain` or `refresh` needs to know."""
 
@@ -66,7 +45,7 @@ class PipelineConfig(BaseModel):
     refresh: RefreshSettings = Field(default_factory=RefreshSettings)
     components: ComponentsSettings = Field(default_factory=ComponentsSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
+    train: TrainSettings
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
     gates: list[Gate] = Field(default_factory=list)
@@ -130,7 +109,7 @@ class _Where:
     from_command: dict[str, str]
 
     def of(self, dotted: str) -> str:
-        command = next((text for name, text in self.from_command.items() if dotted == name or dotted.startswith(name + ".")), None)
+        command = next((text for name, text in self.from_command.items() if f"{dotted}.".startswith(f"{name}.") or name.startswith(f"{dotted}.")), None)
         return f"in --set '{command}'" if command else f"in {self.path.name}"
 
 
@@ -152,7 +131,7 @@ def _unknown_sentence(dotted: str, where: _Where) -> str:
     parent, _, last = dotted.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == parent]
     namesakes = [name for name in names if name.rpartition(".")[2] == last]
-    hint = _did_you_mean(dotted, siblings) or _did_you_mean(dotted, namesakes or names)
+    hint = _did_you_mean(dotted, namesakes or siblings) or _did_you_mean(dotted, names)
     return f"unknown setting '{dotted}' {where.of(dotted)}{hint}"
 
 
@@ -189,9 +168,8 @@ def _sentence(item: Any, where: _Where) -> str:
 
 
 def _did_you_mean(name: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6) or [
-        option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]
-    ][:3]
+    last = name.rpartition(".")[2]
+    close = [option for option in options if option.rpartition(".")[2] == last][:3] or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(option) for option in close)}?" if close else ""
 
 

@@ -97,3 +97,19 @@ def _show(step: Step, record: StepRecord) -> None:
         )
     except Exception as error:
         warnings.warn(f"no Prefect artifact for step '{step.name}': {error}", stacklevel=2)
+
+
+def serve_schedules(preset: str, lake: Path, overrides: list[str], nightly: str, weekly: str) -> None:
+    """Serve refresh-nightly and retrain-weekly from this process until it is stopped.
+
+    One run of each at a time; a run that comes due meanwhile is cancelled, for the next one will find the same work.
+    """
+    from prefect import serve
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+
+    parameters = {"preset": preset, "lake": str(lake.resolve()), "overrides": overrides}
+    one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    serve(
+        refresh.to_deployment("refresh-nightly", cron=nightly, parameters=parameters, concurrency_limit=one),
+        retrain.to_deployment("retrain-weekly", cron=weekly, parameters=parameters, concurrency_limit=one),
+    )

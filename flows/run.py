@@ -7,7 +7,7 @@ import json
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Planned:
     key: str | None
     record: StepRecord | None
     why: str
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 def explain(step: str, parts: dict[str, Any], earlier: Iterable[StepRecord]) -> tuple[str, list[tuple[str, Any, Any]]]:
@@ -82,7 +83,7 @@ class Run:
             key = digest(parts)
             record = by_key.get((step.name, key))
             why = f"done by {record.run_id}" if record else explain(step.name, parts, done)[0]
-            planned[step.name] = Planned(step, "done" if record else "to do", key, record, why)
+            planned[step.name] = Planned(step, "done" if record else "to do", key, record, why, parts)
         return list(planned.values())
 
     def take_done(self, plan: Sequence[Planned]) -> None:

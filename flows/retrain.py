@@ -1,0 +1,201 @@
+"""The whole DAG: refresh, six training stages each with its evaluation, export, and the report.
+Which stage reads which checkpoint and which datasets is written here once; gates and skipping are `flows.run`'s."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flows.config import STAGES, PipelineConfig
+from flows.key import spec_of
+from flows.refresh import components_folder, dataset_versions, folder_digest, refresh_steps
+from flows.step import Edge, Step, StepContext, StepResult, step_id
+
+RECIPES = {"t2i": "supervised", "edit": "supervised", "joint": "supervised", "sft": "supervised", "refl": "refl", "dmd2": "dmd2"}
+"""Module in trainers.recipes behind each stage: a change in dmd2.py must not retrain t2i."""
+
+HELDOUT = ("t2i", "edit")
+"""Datasets whose held-out split every stage is judged on."""
+
+DISPATCH = ("trainers.stages",)
+"""Imports every recipe lazily; its own text counts for a stage, the recipes it does not use do not."""
+
+
+def retrain_steps(config: PipelineConfig) -> list[Step]:
+    """refresh, then S and evaluate_S for every stage S, then export, evaluate_export, report."""
+    steps = refresh_steps(config)
+    parent = None
+    for stage in STAGES:
+        steps += [train_step(config, stage, parent), evaluate_step(config, stage)]
+        parent = stage
+    steps += [export_step(config), evaluate_export_step(config), report_step(steps)]
+    return steps
+
+
+def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
+    """Train one stage from the checkpoint of `parent`."""
+    settings = getattr(config.train, stage)
+
+    def run(ctx: StepContext) -> StepResult:
+        from trainers.stages import train_stage
+
+        use_threads(config.exec.threads)
+        versions = dataset_versions(ctx, settings.datasets)
+        metrics = train_stage(
+            stage, settings, config.model, components=components_folder(ctx), parent=ctx.inputs[parent].path("checkpoint") if parent else None,
+            lake=ctx.lake, datasets=versions, output=ctx.directory, seed=ctx.seed,
+        )  # fmt: skip
+        checkpoint, own_id = ctx.directory / "checkpoint", step_id(stage, ctx.key)
+        weights = folder_digest(checkpoint)
+        parent_id = ctx.inputs[parent].id if parent else None
+        edges = [Edge("checkpoint", own_id, "dataset", f"{name}@{version}", "trained_on") for name, version in versions.values()]
+        edges.append(Edge("checkpoint", own_id, "components", ctx.inputs["components"].id, "frozen_parts"))
+        edges.append(Edge("checkpoint", own_id, "step", own_id, "made_by"))
+        if parent_id:
+            edges.append(Edge("checkpoint", own_id, "checkpoint", parent_id, "started_from"))
+        return StepResult(
+            outputs={"checkpoint": checkpoint, "checkpoint_id": own_id},
+            metrics={name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))},
+            digests={"checkpoint": weights},
+            lineage=edges,
+            rows={
+                "checkpoints": [{
+                    "checkpoint_id": own_id, "stage": stage, "path": str(checkpoint), "step": settings.steps, "parent_id": parent_id,
+                    "dataset": name, "dataset_version": version, "digest": weights,
+                } for name, version in versions.values()],
+                "metrics": read_metrics(ctx.directory / "metrics.jsonl"),
+            },
+        )  # fmt: skip
+
+    return Step(
+        stage, run, (f"trainers.recipes.{RECIPES[stage]}", "trainers.model", "trainers.conditioning"), alone=DISPATCH,
+        spec={"recipe": spec_of(settings), "model": spec_of(config.model)}, seed=config.seed,
+        inputs=("components", *([f"{parent}:checkpoint"] if parent else []), *(f"curate:{name}" for name in settings.datasets)),
+        about=f"Train stage '{stage}'" + (f" from the checkpoint of '{parent}'." if parent else " from scratch."),
+    )  # fmt: skip
+
+
+def evaluate_step(config: PipelineConfig, stage: str) -> Step:
+    """Judge one stage's checkpoint on held-out rows."""
+
+    def run(ctx: StepContext) -> StepResult:
+        from trainers.stages import evaluate_checkpoint
+
+        use_threads(config.exec.threads)
+        rows = evaluate_checkpoint(
+            stage, ctx.inputs[stage].path("checkpoint"), config.evaluate, components=components_folder(ctx), lake=ctx.lake,
+            datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory, seed=ctx.seed,
+        )  # fmt: skip
+        files = {path.stem: path for path in sorted(ctx.directory.glob("*")) if path.suffix in (".png", ".json")}
+        return StepResult(files, metrics=as_metrics(rows), rows={"evals": [{**row, "stage": stage} for row in rows]})
+
+    return Step(
+        f"evaluate_{stage}", run, ("trainers.evaluate",), alone=DISPATCH, spec=spec_of(config.evaluate), seed=config.seed,
+        inputs=("components", f"{stage}:checkpoint", *(f"curate:{name}" for name in HELDOUT)),
+        about=f"Judge the checkpoint of '{stage}' on held-out prompts and edits.",
+    )
+
+
+def export_step(config: PipelineConfig) -> Step:
+    """Turn the distilled checkpoint into the on-device bundle."""
+    stage, settings = STAGES[-1], config.export
+
+    def run(ctx: StepContext) -> StepResult:
+        from trainers.export.bundle import export_bundle
+
+        lineage = {"checkpoint": ctx.inputs[stage].id, "step": step_id("export", ctx.key)}
+        answer = export_bundle(
+            ctx.inputs[stage].path("checkpoint"), settings, ctx.directory, calibration=calibration_rows(ctx, settings.calibration_rows), lineage=lineage
+        )
+        artifact_id = answer["artifact_id"]
+        return StepResult(
+            outputs={"bundle": Path(answer["bundle"]), "artifact_id": artifact_id, "numbers": {k: v for k, v in answer.items() if k != "bundle"}},
+            metrics={"megabytes": answer["bytes"] / 1e6, **{f"{name}_megabytes": size / 1e6 for name, size in answer["sizes"].items()}},
+            digests={"bundle": answer["digest"]},
+            lineage=[Edge("artifact", artifact_id, "checkpoint", ctx.inputs[stage].id, "exported_from"),
+                     Edge("artifact", artifact_id, "step", step_id("export", ctx.key), "made_by")],
+            rows={"artifacts": [{
+                "artifact_id": artifact_id, "kind": "bundle", "path": answer["bundle"], "bytes": answer["bytes"], "digest": answer["digest"],
+                "metrics_json": json.dumps({k: v for k, v in answer.items() if k not in ("bundle", "artifact_id", "digest", "bytes")}),
+            }]},
+        )  # fmt: skip
+
+    return Step(
+        "export", run, ("trainers.export.bundle",), spec=spec_of(settings), seed=config.seed,
+        inputs=(f"{stage}:checkpoint", *(f"curate:{name}" for name in HELDOUT)),
+        about="Export ONNX graphs, quantize, and prove that they compute what torch computes.",
+    )
+
+
+def calibration_rows(ctx: StepContext, count: int) -> list[dict[str, Any]]:
+    """Training rows of both tasks for calibration and parity, twice `count` of each: never held-out ones."""
+    from dreamlite_data.dataset import open_dataset, read_images
+
+    rows: list[dict[str, Any]] = []
+    for name, version in dataset_versions(ctx, HELDOUT).values():
+        table = open_dataset(ctx.lake, name, version).rows.to_pylist()
+        train = sorted((row for row in table if row["split"] == "train"), key=lambda row: row["row_id"])[: 2 * count]
+        images = read_images(ctx.lake, [row["source_image_id"] for row in train if row["task"] == "edit"])
+        rows += [{"task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])} for row in train]
+    return rows
+
+
+def evaluate_export_step(config: PipelineConfig) -> Step:
+    """Judge the artifact itself, in float and in int8, with the runner that ships in it."""
+    variants = ("fp32", "int8") if config.export.quantize else ("fp32",)
+
+    def run(ctx: StepContext) -> StepResult:
+        from trainers.export.evaluate import evaluate_bundle
+
+        metrics: dict[str, float] = {}
+        evals = []
+        for variant in variants:
+            rows = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed)
+            metrics |= {f"{variant}/{name}": value for name, value in as_metrics(rows).items()}
+            evals += [{**row, "stage": f"export_{variant}"} for row in rows]
+        return StepResult(metrics=metrics, rows={"evals": evals})
+
+    return Step(
+        "evaluate_export", run, ("trainers.export.evaluate",), spec=spec_of(config.export), seed=config.seed, inputs=("export:bundle",),
+        about="Judge the exported bundle as a phone would run it, in float and in int8.",
+    )
+
+
+def report_step(before: list[Step]) -> Step:
+    """One HTML page about everything before it."""
+
+    def run(ctx: StepContext) -> StepResult:
+        from flows.report import write_report
+
+        return StepResult({"report": Path(write_report(ctx.lake, ctx.run_id, ctx.directory))})
+
+    return Step("report", run, ("flows.report",), inputs=tuple(step.name for step in before), about="Write the report of this run.")
+
+
+def as_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """[{task, metric, value, n}] -> {'task/metric': value}."""
+    return {f"{row['task']}/{row['metric']}": float(row["value"]) for row in rows}
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The curves a stage wrote line by line; of a position that was written twice (resume) the last counts."""
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                item = json.loads(line)
+            except ValueError:
+                continue  # a line cut off by kill -9; training wrote it again on resume
+            found[item["name"], item["position"]] = {key: item[key] for key in ("name", "position", "value")}
+    return list(found.values())
+
+
+def use_threads(threads: int | None) -> None:
+    """Limit torch to `threads`, where the config says so."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
