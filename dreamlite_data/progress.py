@@ -52,7 +52,8 @@ class Progress:
         self._started = self._printed = time.monotonic()
         if not self.quiet() and sys.stderr.isatty() and Progress._live_owner is None:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress as RichBar, TextColumn
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as RichBar
 
             self._bar = RichBar(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[tail]}"),
