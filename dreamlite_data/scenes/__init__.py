@@ -13,6 +13,7 @@ from dreamlite_data.scenes.language import caption, parse_caption
 from dreamlite_data.scenes.render import render
 from dreamlite_data.scenes.scene import (
     BACKGROUNDS,
+    CANVAS_PX,
     COLOURS,
     POSITIONS,
     SHAPES,
@@ -26,6 +27,7 @@ from dreamlite_data.scenes.verifier import Reading, edit_matches, matches, read_
 
 __all__ = [
     "BACKGROUNDS",
+    "CANVAS_PX",
     "COLOURS",
     "EDIT_KINDS",
     "POSITIONS",

@@ -1,0 +1,112 @@
+"""Images from a checkpoint: the batched sampler for both tasks, with one seed a row.
+The stock pipelines take one prompt at a time; this one gives the same latents for a whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DreamLiteUNetModel
+from PIL import Image
+
+from trainers.conditioning import Embeddings, PromptEncoder, stack
+from trainers.data import square
+from trainers.flow import deployed_sigmas, guided_velocity, keyed_normal, sample
+from trainers.model import load_facts, load_unet, load_vae
+
+NOISE_KEY = (0x6E, 0x6F)
+
+
+@dataclasses.dataclass
+class Sampler:
+    """A checkpoint ready to draw. A distilled one takes its own few steps and no guidance, whatever is asked."""
+
+    unet: DreamLiteUNetModel
+    vae: AutoencoderTiny
+    encoder: PromptEncoder
+    size_px: int
+    distilled_steps: int | None
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Sampler:
+        """Load a checkpoint folder; its recorded hidden-state setting decides what the encoder hands over."""
+        facts = load_facts(checkpoint)
+        return cls(
+            unet=load_unet(checkpoint).eval(),
+            vae=load_vae(checkpoint),
+            encoder=PromptEncoder.load(checkpoint, facts["hidden_state"]),
+            size_px=facts["size_px"],
+            distilled_steps=facts["distilled_steps"],
+        )
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, batch: int = 64
+    ) -> np.ndarray:
+        """Text to image: uint8 [N, H, W, 3]; row i depends on its prompt and seed alone."""
+        parts = []
+        for start in range(0, len(prompts), batch):
+            part = list(prompts[start : start + batch])
+            text, null = self.encoder.generate(part), self.encoder.generate([None])
+            condition = torch.zeros(len(part), 4, self.size_px // 8, self.size_px // 8)
+            noise = self._noise(seeds[start : start + batch])
+            nulls = stack(null.rows() * len(part))
+            parts.append(self._draw(noise, condition, text, nulls, False, steps, guidance_scale, 1.0))
+        return np.concatenate(parts)
+
+    def edit(
+        self,
+        images: Sequence[Image.Image],
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        image_guidance_scale: float,
+        batch: int = 64,
+    ) -> np.ndarray:
+        """Edit by instruction: uint8 [N, H, W, 3]; sources are cropped to a square of the checkpoint's size."""
+        parts = []
+        for start in range(0, len(images), batch):
+            sources = [square(image, self.size_px) for image in images[start : start + batch]]
+            texts = list(instructions[start : start + batch])
+            text = self.encoder.edit(sources, list(texts))
+            null = self.encoder.edit(sources, [None] * len(sources))
+            condition = self.encode_images(sources)
+            noise = self._noise(seeds[start : start + batch])
+            parts.append(
+                self._draw(noise, condition, text, null, True, steps, guidance_scale, image_guidance_scale)
+            )
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Latents [N, 4, H/8, W/8] of RGB squares."""
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        return self.vae.encoder(pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
+
+    def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        return keyed_normal(NOISE_KEY, list(seeds), (4, self.size_px // 8, self.size_px // 8))
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        noise: torch.Tensor,
+        condition: torch.Tensor,
+        text: Embeddings,
+        null: Embeddings,
+        edit: bool,
+        steps: int,
+        scale: float,
+        image_scale: float,
+    ) -> np.ndarray:
+        if self.distilled_steps:
+            steps, scale, image_scale = self.distilled_steps, 1.0, 1.0
+        side = self.size_px // 8
+        is_edit = torch.full((len(noise),), edit)
+        velocity = guided_velocity(self.unet, condition, text, null, is_edit, self.size_px, scale, image_scale)
+        latents = sample(velocity, noise, deployed_sigmas(steps, side, side))
+        images = self.vae.decoder(latents)
+        return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,149 @@
+"""The one training loop: step, log, checkpoint, resume.
+A recipe owns networks and optimizers; the loop owns time, the log and the state on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dreamlite_data.progress import Progress
+
+LOG_EVERY = 10
+
+
+class Recipe(Protocol):
+    """What the loop drives. `step(index)` does optimizer step `index` and returns its metrics as plain floats; all
+    randomness is keyed by `index`, so no random state needs saving."""
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    ema: Ema
+
+    def step(self, index: int) -> dict[str, float]: ...
+
+
+class Ema:
+    """Exponential moving average of a network in float32: e <- b e + (1 - b) w, with b warmed up as (1 + n) / (10 + n)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.weights = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Fold in the weights after one optimizer step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in module.state_dict().items():
+            self.weights[name].lerp_(value.float(), 1 - decay)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Load the average into a network."""
+        module.load_state_dict(self.weights)
+
+
+def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_every_s: float = 30.0) -> dict[str, float]:
+    """Train to `steps`, resuming from `output`; returns the mean of each metric over the last tenth of the run.
+
+    Writes output/metrics.jsonl (one line a logged value) and output/state.pt (weights, optimizers, average, position),
+    the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
+    Raises FloatingPointError with the step's number where a metric is not finite.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    start = _resume(recipe, output)
+    log_path = output / "metrics.jsonl"
+    _drop_lines_after(log_path, start)
+    saved_at = time.monotonic()
+    window: dict[str, list[float]] = {}
+    with log_path.open("a") as log, Progress(label, total=steps, unit="steps") as bar:
+        bar.update(start)
+        for index in range(start, steps):
+            metrics = recipe.step(index)
+            broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
+            for name, value in metrics.items():
+                window.setdefault(name, []).append(value)
+            done = index + 1
+            if done % LOG_EVERY == 0 or done == steps:
+                for name, values in window.items():
+                    mean = sum(values[-LOG_EVERY:]) / len(values[-LOG_EVERY:])
+                    log.write(json.dumps({"position": done, "name": name, "value": mean}) + "\n")
+                log.flush()
+            bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})
+            if time.monotonic() - saved_at >= checkpoint_every_s:
+                _save(recipe, done, output)
+                saved_at = time.monotonic()
+    _save(recipe, steps, output)
+    tail = max(1, steps // 10)
+    return {name: sum(values[-tail:]) / len(values[-tail:]) for name, values in window.items()}
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], loss: torch.Tensor, clip_norm: float, rate: float
+) -> float:
+    """Back-propagate `loss`, clip, step at learning rate `rate`; returns the gradient norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return float(norm)
+
+
+def cosine_rate(index: int, *, steps: int, peak: float, warmup: int, final_share: float) -> float:
+    """Linear warm-up, then a cosine from `peak` to `final_share` x `peak`: a pure function of the step."""
+    if index < warmup:
+        return peak * (index + 1) / warmup
+    progress = (index - warmup) / max(1, steps - warmup)
+    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _save(recipe: Recipe, position: int, output: Path) -> None:
+    state = {
+        "position": position,
+        "modules": {name: module.state_dict() for name, module in recipe.modules.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in recipe.optimizers.items()},
+        "ema": recipe.ema.weights,
+        "ema_updates": recipe.ema.updates,
+    }
+    partial = output / "state.partial"
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(output / "state.pt")
+
+
+def _resume(recipe: Recipe, output: Path) -> int:
+    path = output / "state.pt"
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for name, module in recipe.modules.items():
+        module.load_state_dict(state["modules"][name])
+    for name, optimizer in recipe.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]
+    return int(state["position"])
+
+
+def _drop_lines_after(path: Path, position: int) -> None:
+    if path.is_file():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["position"] <= position:
+                    kept.append(line)
+            except ValueError:  # the line that a kill cut off
+                continue
+        path.write_text("".join(line + "\n" for line in kept))

@@ -1,0 +1,136 @@
+"""Distribution matching distillation (DMD2, arXiv 2405.14867) in flow form: a guided teacher, a few-step student.
+The student is trained on its own deployed Euler rollouts; a second network learns the student's score."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import DreamLiteUNetModel
+
+from trainers.data import Batch, Plan, TrainingRows
+from trainers.flow import (
+    data_from_velocity,
+    deployed_sigmas,
+    guided_velocity,
+    interpolate,
+    keyed_normal,
+    keyed_uniform,
+    predict,
+)
+from trainers.loop import Ema, cosine_rate, optimizer_step
+from trainers.settings import DMD2Settings
+
+NORMALISER_FLOOR = 1e-6
+
+
+class DMD2Recipe:
+    """Student and fake score start as copies of the teacher; one step is `fake_steps` of the fake, one of the student."""
+
+    def __init__(
+        self, teacher: DreamLiteUNetModel, rows: TrainingRows, settings: DMD2Settings, key: tuple[int, ...]
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.fake = copy.deepcopy(self.student)
+        self.rows, self.settings, self.key = rows, settings, key
+        self.plan = Plan(rows, {"generate": 0.5, "edit": 0.5}, settings.batch, key)
+        side = rows.size_px // 8
+        self.sigmas = deployed_sigmas(settings.student_steps, side, side)
+        self.modules = {"student": self.student, "fake": self.fake}
+        self.optimizers = {
+            "student": torch.optim.AdamW(self.student.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
+            "fake": torch.optim.AdamW(self.fake.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
+        }
+        self.ema = Ema(self.student, settings.ema_decay)
+
+    def step(self, index: int) -> dict[str, float]:
+        """Fake-score steps first, so that the student's gradient comes from a fake that knows it."""
+        settings = self.settings
+        warmup = settings.fake_warmup_steps if index == 0 else 0
+        fakes = [self._fake_step(index, number) for number in range(settings.fake_steps + warmup)]
+        batch = self._batch(index, 0)
+        self.fake.requires_grad_(False)
+        data = self._student_data(batch, index, 0, gradient=True)
+        gradient, logs = self._matching_gradient(data.detach(), batch, index)
+        # d loss / d data = gradient / elements: the surrogate 0.5 |x - sg(x - g)|^2.
+        loss = 0.5 * ((data - (data.detach() - gradient)) ** 2).mean()
+        rate = cosine_rate(
+            index, steps=settings.steps, peak=settings.learning_rate, warmup=1, final_share=0.1
+        )
+        norm = optimizer_step(
+            self.optimizers["student"], self.student.parameters(), loss, settings.clip_norm, rate
+        )
+        self.fake.requires_grad_(True)
+        self.ema.update(self.student)
+        return {
+            "loss": loss.item(),
+            "loss_fake": sum(fakes) / len(fakes),
+            "gradient_norm": norm,
+            "latent_std": data.detach().std().item(),
+            **logs,
+        }
+
+    def _batch(self, index: int, number: int) -> Batch:
+        # Each inner step has rows of its own: the plan's step counts all of them.
+        inner = index * (self.settings.fake_steps + 1) + number
+        indices, positions = self.plan.indices(inner)
+        return self.rows.batch(indices, positions, with_target=False)
+
+    def _student_data(self, batch: Batch, index: int, number: int, *, gradient: bool) -> torch.Tensor:
+        """Backward simulation: run the student's own steps to a drawn exit, then one step to the clean estimate."""
+        exit_index = int(keyed_uniform((*self.key, 7, number), [index], 1).item() * self.settings.student_steps)
+        x = keyed_normal((*self.key, 8, number), batch.positions, tuple(batch.condition.shape[1:]))
+        with torch.no_grad():
+            for sigma, following in zip(self.sigmas[:exit_index], self.sigmas[1 : exit_index + 1], strict=True):
+                x = x + (following - sigma) * self._velocity(self.student, x, sigma, batch)
+        with torch.set_grad_enabled(gradient):
+            sigma = self.sigmas[exit_index]
+            return x - sigma * self._velocity(self.student, x, sigma, batch)
+
+    def _fake_step(self, index: int, number: int) -> float:
+        settings = self.settings
+        batch = self._batch(index, 1 + number)
+        data = self._student_data(batch, index, 1 + number, gradient=False)
+        noise = keyed_normal((*self.key, 9, number), batch.positions, tuple(data.shape[1:]))
+        times = keyed_uniform((*self.key, 10, number), batch.positions, 1)[:, 0]
+        velocity = predict(
+            self.fake, interpolate(data, noise, times), times, batch.condition, batch.text, self.rows.size_px
+        )
+        loss = ((velocity - (noise - data)) ** 2).mean()
+        optimizer_step(
+            self.optimizers["fake"], self.fake.parameters(), loss, settings.clip_norm, settings.fake_learning_rate
+        )
+        return loss.item()
+
+    @torch.no_grad()
+    def _matching_gradient(
+        self, data: torch.Tensor, batch: Batch, index: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """g = (x0_fake - x0_real) / mean |x - x0_real|, per sample: descending it pulls the student to the teacher."""
+        settings = self.settings
+        span = settings.score_time_high - settings.score_time_low
+        times = settings.score_time_low + span * keyed_uniform((*self.key, 11), batch.positions, 1)[:, 0]
+        noise = keyed_normal((*self.key, 12), batch.positions, tuple(data.shape[1:]))
+        x = interpolate(data, noise, times)
+        guided = guided_velocity(
+            self.teacher,
+            batch.condition,
+            batch.text,
+            batch.null,
+            batch.is_edit,
+            self.rows.size_px,
+            settings.guidance_scale,
+            settings.image_guidance_scale,
+        )
+        real = data_from_velocity(x, guided(x, times), times)
+        fake_velocity = predict(self.fake, x, times, batch.condition, batch.text, self.rows.size_px)
+        fake = data_from_velocity(x, fake_velocity, times)
+        normaliser = (data - real).abs().mean(dim=(1, 2, 3), keepdim=True) + NORMALISER_FLOOR
+        gradient = (fake - real) / normaliser
+        logs = {"teacher_gap": (data - real).abs().mean().item(), "score_gap": (fake - real).abs().mean().item()}
+        return gradient, logs
+
+    def _velocity(self, unet: DreamLiteUNetModel, x: torch.Tensor, sigma: float, batch: Batch) -> torch.Tensor:
+        times = torch.full((len(x),), sigma)
+        return predict(unet, x, times, batch.condition, batch.text, self.rows.size_px)

@@ -1,0 +1,143 @@
+"""Reward feedback learning: a guided rollout without gradient, one denoising step with it, decode, score, push.
+A velocity penalty holds the network near its start; rewards are normalised per task by the start model's scores."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import AutoencoderTiny, DreamLiteUNetModel
+from torch.nn import functional as F
+
+from dreamlite_data.rewards import RewardModel
+from trainers.data import Batch, Plan, TrainingRows
+from trainers.flow import data_from_velocity, deployed_sigmas, guided_velocity, keyed_normal, keyed_uniform, predict
+from trainers.loop import Ema, optimizer_step
+from trainers.settings import ReFLSettings
+
+BASELINE_BATCHES = 2  # batches of each task that fix the start model's mean and spread of reward
+
+
+class ReFLRecipe:
+    """Both tasks, in alternating batches, so that each reward model sees one kind of row a step."""
+
+    def __init__(
+        self,
+        unet: DreamLiteUNetModel,
+        vae: AutoencoderTiny,
+        rewards: dict[str, RewardModel],
+        rows: TrainingRows,
+        settings: ReFLSettings,
+        key: tuple[int, ...],
+    ) -> None:
+        self.unet, self.vae, self.rewards, self.rows = unet.train(), vae, rewards, rows
+        self.settings, self.key = settings, key
+        self.reference = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.plans = {task: Plan(rows, {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
+        side = rows.size_px // 8
+        self.sigmas = deployed_sigmas(settings.rollout_steps, side, side)
+        self.exits = [
+            index
+            for index, sigma in enumerate(self.sigmas[:-1])
+            if settings.sigma_low <= sigma <= settings.sigma_high
+        ]
+        if not self.exits:
+            listed = ", ".join(f"{sigma:.3f}" for sigma in self.sigmas[:-1])
+            raise ValueError(
+                f"no rollout step has a sigma between {settings.sigma_low} and {settings.sigma_high}: the steps are at"
+                f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
+            )
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
+        self.ema = Ema(unet, settings.ema_decay)
+        self.baseline = {task: self._baseline(task) for task in self.plans}
+
+    def step(self, index: int) -> dict[str, float]:
+        """One step on one task; generate on even steps, edit on odd ones."""
+        settings = self.settings
+        task = "generate" if index % 2 == 0 else "edit"
+        batch = self._batch(task, index)
+        draw = keyed_uniform((*self.key, 5), [index], 1).item()
+        exit_index = self.exits[int(draw * len(self.exits))]
+        x = self._rollout(self.unet, batch, exit_index)
+        t = torch.full((len(x),), self.sigmas[exit_index])
+        velocity = predict(self.unet, x, t, batch.condition, batch.text, self.rows.size_px)
+        reward = self._reward(task, batch, data_from_velocity(x, velocity, t))
+        mean, spread = self.baseline[task]
+        scaled = (reward - mean) / spread
+        with torch.no_grad():
+            anchor = predict(self.reference, x, t, batch.condition, batch.text, self.rows.size_px)
+        drift = F.mse_loss(velocity, anchor)
+        hinge, active = hinge_loss(scaled, settings.hinge, settings.hinge_margin)
+        loss = settings.reward_weight * hinge + settings.velocity_weight * drift
+        norm = optimizer_step(
+            self.optimizers["unet"], self.unet.parameters(), loss, settings.clip_norm, settings.learning_rate
+        )
+        self.ema.update(self.unet)
+        return {
+            "loss": loss.item(),
+            f"reward_{task}": reward.mean().item(),
+            f"reward_{task}_scaled": scaled.mean().item(),
+            "active_share": active,
+            "drift": drift.item(),
+            "gradient_norm": norm,
+        }
+
+    def _batch(self, task: str, index: int) -> Batch:
+        indices, positions = self.plans[task].indices(index // 2)
+        return self.rows.batch(indices, positions, with_target=False)
+
+    @torch.no_grad()
+    def _rollout(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> torch.Tensor:
+        """Guided Euler steps 0..stop-1 exactly as deployed."""
+        settings = self.settings
+        velocity = guided_velocity(
+            unet,
+            batch.condition,
+            batch.text,
+            batch.null,
+            batch.is_edit,
+            self.rows.size_px,
+            settings.guidance_scale,
+            settings.image_guidance_scale,
+        )
+        x = keyed_normal((*self.key, 6), batch.positions, tuple(batch.condition.shape[1:]))
+        for sigma, following in zip(self.sigmas[:stop], self.sigmas[1 : stop + 1], strict=True):
+            x = x + (following - sigma) * velocity(x, sigma)
+        return x
+
+    def _reward(self, task: str, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
+        images = decode01(self.vae, latents)
+        prompts = [row.text for row in batch.rows]
+        if task == "generate":
+            return self.rewards[task].differentiable(images, prompts)
+        with torch.no_grad():
+            sources = decode01(self.vae, batch.condition)
+        return self.rewards[task].differentiable(images, prompts, sources)
+
+    @torch.no_grad()
+    def _baseline(self, task: str) -> tuple[float, float]:
+        scores = []
+        for index in range(BASELINE_BATCHES):
+            batch = self._batch(task, 2 * index)
+            x = self._rollout(self.reference, batch, self.exits[-1])
+            t = torch.full((len(x),), self.sigmas[self.exits[-1]])
+            velocity = predict(self.reference, x, t, batch.condition, batch.text, self.rows.size_px)
+            scores.append(self._reward(task, batch, data_from_velocity(x, velocity, t)))
+        joined = torch.cat(scores)
+        return joined.mean().item(), max(joined.std().item(), 1e-3)
+
+
+def hinge_loss(reward: torch.Tensor, side: str, margin: float) -> tuple[torch.Tensor, float]:
+    """(loss, active share). `cap`: mean max(0, b - r), pushes until b (the original ReFL shape); `above`: the
+    literal -max(0, r - b), whose gradient exists only above b; `none`: -r."""
+    if side == "cap":
+        return F.relu(margin - reward).mean(), (reward < margin).float().mean().item()
+    if side == "above":
+        return -F.relu(reward - margin).mean(), (reward > margin).float().mean().item()
+    return -reward.mean(), 1.0
+
+
+def decode01(vae: AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
+    """Latents to images in [0, 1] (not clamped: the reward clamps with a straight-through gradient)."""
+    return vae.decoder(latents).add(1).div(2)

@@ -1,0 +1,137 @@
+"""Settings of the model, the six recipes and their evaluation, with the defaults of the small world.
+An unknown key is an error; whatever can change a weight lives here, whatever cannot lives in `Execution`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dreamlite_data.settings import StrictSettings
+
+from trainers.export.settings import ExportSettings
+
+__all__ = [
+    "ComponentsSettings",
+    "DMD2Settings",
+    "EvaluateSettings",
+    "ExportSettings",
+    "ModelSettings",
+    "ReFLSettings",
+    "SupervisedSettings",
+    "TrainSettings",
+]
+
+
+class ComponentsSettings(StrictSettings):
+    """Where the frozen parts (VAE, text encoder, rewards) come from."""
+
+    source: str = Field(
+        "packaged",
+        description="`packaged` (trained by this project, kept in the package), `train` (train them now) or the path of a"
+        " folder with vae/, text_encoder/, tokenizer/, processor/, scheduler/, rewards/generate and rewards/edit",
+    )
+    vae_steps: int = Field(3_000, gt=0, description="steps of the VAE when source is `train`")
+    text_encoder_steps: int = Field(2_000, gt=0, description="steps of the text encoder when source is `train`")
+    reward_steps: int = Field(2_500, gt=0, description="steps of each reward model when source is `train`")
+    seed: int = 0
+
+
+class ModelSettings(StrictSettings):
+    """The UNet, always built from this explicit configuration (the class defaults are another network)."""
+
+    preset: Literal["small", "official"] = "small"
+    hidden_state: Literal["pre_norm", "post_norm"] = "post_norm"
+    size_px: int = Field(64, gt=0, multiple_of=8, description="side of the square panel")
+    channels: tuple[int, ...] = (64, 128)
+    layers: int = Field(1, gt=0, description="resnet and attention layers of each down block")
+    head_width: int = 32
+
+
+class SupervisedSettings(StrictSettings):
+    """One supervised stage: t2i, edit, joint or sft."""
+
+    tasks: dict[Literal["generate", "edit"], float] = Field(description="share of each task in every batch")
+    datasets: tuple[str, ...] = Field(description="names of the dataset versions it reads")
+    steps: int = Field(gt=0)
+    batch: int = Field(32, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    final_learning_rate_share: float = Field(0.1, ge=0, le=1, description="cosine decay ends at this share of the rate")
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    timestep_law: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_shift: float = Field(1.0, gt=0, description="t' = a t / (1 + (a - 1) t); above 1 favours noise")
+    drop_text: float = Field(0.10, ge=0, lt=1, description="share of generate rows whose prompt is dropped")
+    drop_text_edit: float = Field(0.05, ge=0, lt=1, description="share of edit rows that lose only the instruction")
+    drop_both_edit: float = Field(0.05, ge=0, lt=1, description="share of edit rows that lose instruction and source")
+    foreground_weight: bool = Field(True, description="weight log2(total / edited area) + 1 on the edited latents")
+    foreground_weight_cap: float = Field(5.0, ge=1)
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> SupervisedSettings:
+        if abs(sum(self.tasks.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares in `tasks` must sum to 1, not {sum(self.tasks.values()):g}")
+        return self
+
+
+class ReFLSettings(StrictSettings):
+    """Reward feedback learning: the reward's gradient through the decoder into one denoising step."""
+
+    datasets: tuple[str, ...] = ("rl",)
+    steps: int = Field(gt=0)
+    batch: int = Field(16, gt=0)
+    rollout_steps: int = Field(8, gt=1, description="deployed Euler steps of the guided rollout")
+    sigma_low: float = Field(0.05, ge=0, description="the gradient step is drawn among steps with sigma in this range")
+    sigma_high: float = Field(0.6, le=1)
+    hinge: Literal["cap", "above", "none"] = Field("cap", description="cap: max(0, b - r); above: -max(0, r - b)")
+    hinge_margin: float = Field(1.5, description="b, in standard deviations above the start model's mean reward")
+    reward_weight: float = Field(0.02, ge=0)
+    velocity_weight: float = Field(1.0, ge=0, description="MSE to the frozen start model's velocity")
+    learning_rate: float = Field(1e-4, gt=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.95, ge=0, lt=1)
+    guidance_scale: float = 2.0
+    image_guidance_scale: float = 1.0
+
+
+class DMD2Settings(StrictSettings):
+    """Distribution matching distillation of the guided model into few deployed steps without guidance."""
+
+    datasets: tuple[str, ...] = ("t2i", "edit")
+    steps: int = Field(gt=0, description="student steps")
+    batch: int = Field(32, gt=0)
+    student_steps: int = Field(4, gt=0, description="steps of the deployed sampler")
+    fake_steps: int = Field(3, gt=0, description="steps of the fake score for each step of the student")
+    fake_warmup_steps: int = Field(30, ge=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    fake_learning_rate: float = Field(4e-4, gt=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.95, ge=0, lt=1)
+    guidance_scale: float = 2.0
+    image_guidance_scale: float = 1.0
+    score_time_low: float = Field(0.02, ge=0)
+    score_time_high: float = Field(0.98, le=1)
+
+
+class TrainSettings(StrictSettings):
+    """The six recipes in their order."""
+
+    t2i: SupervisedSettings
+    edit: SupervisedSettings
+    joint: SupervisedSettings
+    sft: SupervisedSettings
+    refl: ReFLSettings
+    dmd2: DMD2Settings
+
+
+class EvaluateSettings(StrictSettings):
+    """How a checkpoint is judged: by the scene verifier, the rewards and the held-out velocity loss."""
+
+    prompts: int = Field(192, gt=0, description="held-out prompts, and as many held-out edits")
+    steps: int = Field(10, gt=0, description="sampling steps (the distilled student always takes its own four)")
+    guidance_scale: float = 2.0
+    image_guidance_scale: float = 1.0
+    velocity_rows: int = Field(256, gt=0)
+    seed: int = 20_260_328

@@ -1,0 +1,193 @@
+"""What the flows call: build the parts, train a stage, judge a checkpoint, draw from it.
+Each function reads folders and dataset versions and writes one folder; nothing here knows Prefect or Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dreamlite_data.lake import Lake
+from dreamlite_data.rewards import load_reward
+from trainers.components.build import build_components
+from trainers.conditioning import PromptEncoder
+from trainers.data import TrainingRows
+from trainers.evaluate import evaluate_images, velocity_loss
+from trainers.inference import Sampler
+from trainers.loop import run
+from trainers.model import build_unet, load_facts, load_unet, load_vae, save_checkpoint
+from trainers.recipes.dmd2 import DMD2Recipe
+from trainers.recipes.refl import ReFLRecipe
+from trainers.recipes.supervised import SupervisedRecipe
+from trainers.settings import (
+    DMD2Settings,
+    EvaluateSettings,
+    ModelSettings,
+    ReFLSettings,
+    SupervisedSettings,
+)
+
+__all__ = [
+    "STAGES",
+    "build_components",
+    "check_hidden_state",
+    "edit_images",
+    "encoders_digest",
+    "evaluate_checkpoint",
+    "generate_images",
+    "train_stage",
+]
+
+STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
+StageSettings = SupervisedSettings | ReFLSettings | DMD2Settings
+Versions = dict[str, int | None]
+
+
+def train_stage(
+    stage: str,
+    settings: StageSettings,
+    model: ModelSettings,
+    *,
+    components: Path,
+    parent: Path | None,
+    lake: Lake,
+    datasets: Versions,
+    output: Path,
+    seed: int,
+) -> dict[str, float]:
+    """Train one stage into output/checkpoint, resuming from output/ where an earlier try was killed.
+
+    `datasets` maps each name that the settings list to its version. Returns the last metrics. Raises ValueError where
+    the parent was trained with another hidden-state setting, a dataset lacks columns, or a stage but t2i has no parent.
+    """
+    if parent is None and stage != STAGES[0]:
+        raise ValueError(f"stage {stage!r} starts from a checkpoint: train the stage before it or name one")
+    encoder = PromptEncoder.load(components, model.hidden_state)
+    vae = load_vae(components)
+    if parent is None:
+        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, seed)
+    else:
+        check_hidden_state(parent, model)
+        unet = load_unet(parent)
+    prompts_only = not isinstance(settings, SupervisedSettings)
+    rows = TrainingRows(
+        lake,
+        [(name, datasets[name]) for name in settings.datasets],
+        split="train",
+        vae=vae,
+        encoder=encoder,
+        components_digest=encoders_digest(components),
+        size_px=model.size_px,
+        encode_images=not prompts_only,
+    )
+    key = (seed, STAGES.index(stage))
+    if isinstance(settings, SupervisedSettings):
+        recipe = SupervisedRecipe(unet, rows, settings, key)
+    elif isinstance(settings, ReFLSettings):
+        rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
+        recipe = ReFLRecipe(unet, vae, rewards, rows, settings, key)
+    else:
+        recipe = DMD2Recipe(unet, rows, settings, key)
+    metrics = run(recipe, steps=settings.steps, output=output, label=stage)
+    recipe.ema.copy_to(unet.requires_grad_(True))
+    distilled = isinstance(settings, DMD2Settings)
+    facts = {
+        "stage": stage,
+        "hidden_state": model.hidden_state,
+        "size_px": model.size_px,
+        "encoder_image_px": model.size_px,
+        "distilled_steps": settings.student_steps if distilled else None,
+        "drop_generate": encoder.drop["generate"],
+        "drop_edit": encoder.drop["edit"],
+    }
+    save_checkpoint(unet, components, output / "checkpoint", facts=facts, distilled=distilled)
+    return metrics
+
+
+def evaluate_checkpoint(
+    stage: str,
+    checkpoint: Path,
+    settings: EvaluateSettings,
+    *,
+    components: Path,
+    lake: Lake,
+    datasets: Versions,
+    output: Path,
+) -> list[dict[str, object]]:
+    """Rows (task, metric, value, n) of a checkpoint; pictures and scores.json go to `output`.
+
+    A distilled checkpoint has no velocity loss: its network is no longer the velocity of a path.
+    """
+    sampler = Sampler.load(checkpoint)
+    rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
+    results = evaluate_images(sampler, rewards, settings, output)
+    if sampler.distilled_steps is None:
+        rows = TrainingRows(
+            lake,
+            [(name, datasets[name]) for name in ("t2i", "edit")],
+            split="heldout",
+            vae=sampler.vae,
+            encoder=sampler.encoder,
+            components_digest=encoders_digest(components),
+            size_px=sampler.size_px,
+            limit=settings.velocity_rows,
+        )
+        results += velocity_loss(sampler, rows, settings)
+    return results
+
+
+def generate_images(
+    checkpoint: Path, prompts: Sequence[str], *, seed: int = 0, steps: int = 10, guidance_scale: float = 2.0
+) -> list[Image.Image]:
+    """Draw one image a prompt."""
+    drawn = Sampler.load(checkpoint).generate(
+        prompts, range(seed, seed + len(prompts)), steps=steps, guidance_scale=guidance_scale
+    )
+    return [Image.fromarray(image) for image in drawn]
+
+
+def edit_images(
+    checkpoint: Path,
+    images: Sequence[Image.Image],
+    instructions: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 10,
+    guidance_scale: float = 2.0,
+    image_guidance_scale: float = 1.0,
+) -> list[Image.Image]:
+    """Edit each image by its instruction."""
+    edited = Sampler.load(checkpoint).edit(
+        images,
+        instructions,
+        range(seed, seed + len(images)),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+    )
+    return [Image.fromarray(image) for image in np.asarray(edited)]
+
+
+def check_hidden_state(checkpoint: Path, model: ModelSettings) -> None:
+    """Refuse a parent that was trained on the other hidden states: it would train on without any other sign."""
+    found: dict[str, Any] = load_facts(checkpoint)
+    for name in ("hidden_state", "size_px"):
+        if found[name] != getattr(model, name):
+            raise ValueError(
+                f"{checkpoint} was trained with {name} = {found[name]}, but model.{name} is {getattr(model, name)}:"
+                " use the checkpoint's value"
+            )
+
+
+def encoders_digest(folder: Path) -> str:
+    """sha256 over the parts that make latents and prompt states: their cached outputs are keyed by it."""
+    digest = hashlib.sha256()
+    for part in ("vae", "text_encoder", "tokenizer", "processor"):
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
