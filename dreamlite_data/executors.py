@@ -106,7 +106,6 @@ class RayExecutor:
         self.num_workers = num_workers
         self.started = 0
         self._owns_cluster = False
-        self._remote: dict[tuple[str, str], Any] = {}
 
     def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
         if not tasks:

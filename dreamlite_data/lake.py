@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -210,9 +211,18 @@ class Lake:
         if path.parent == folder:
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"{path.stem}-{uuid.uuid4().hex[:8]}.parquet"
-        shutil.move(path, target)  # a plain rename within one file system
-        return target
+        for number in itertools.count():
+            target = folder / f"{path.stem}-{number}.parquet"
+            try:
+                os.link(path, target)  # fails where the name is taken, even by another process at this moment
+            except FileExistsError:
+                continue
+            except OSError:  # another file system: links cannot cross
+                target = folder / f"{path.stem}-{uuid.uuid4().hex}.parquet"
+                shutil.copyfile(path, target)
+            path.unlink()
+            return target
+        raise AssertionError("unreachable")
 
     @contextlib.contextmanager
     def exclusive(self, name: str) -> Iterator[None]:

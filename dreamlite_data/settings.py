@@ -69,7 +69,8 @@ class PolicySettings(StrictSettings):
     """Thresholds that the policy files name as $parameters. Changing one costs a query, never a measurement."""
 
     min_side_px: int = 64
-    min_sharpness: float = 0.30
+    min_sharpness: float = 0.5
+    min_photo_sharpness: float = 0.35
     min_edited_fraction: float = 0.004
     max_outside_fraction: float = 0.02
     require_scene_language: bool = True

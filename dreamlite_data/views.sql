@@ -48,7 +48,6 @@ SELECT o.row_id, o.record_id, o.style, o.caption_id, o.source, o.domain, o.shard
        c.text, i.width, i.height, i.mime,
        q.sharpness, q.brightness, q.contrast, q.entropy_bits, q.colourfulness, q.clipped_fraction,
        coalesce(d.group_id, o.image_id) AS group_id,
-       row_number() OVER (PARTITION BY coalesce(d.group_id, o.image_id, o.row_id), o.style ORDER BY o.record_id) AS copy,
        v.in_language, v.matches, v.reason,
        s.mu AS reward, s.log_sigma AS reward_log_sigma
 FROM offered o
@@ -71,10 +70,7 @@ WITH offered AS (
 SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, o.error,
        e.source_image_id, e.target_image_id AS image_id, e.instruction AS text, e.edit_type, e.route, e.parent_edit_id,
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
-       coalesce(d.group_id, e.source_image_id) AS group_id,
-       row_number() OVER (
-           PARTITION BY coalesce(a.pixel_sha256, o.row_id), coalesce(b.pixel_sha256, o.row_id), e.instruction ORDER BY o.row_id
-       ) AS copy,
+       coalesce(d.group_id, e.source_image_id) AS group_id, a.pixel_sha256 AS source_pixels, b.pixel_sha256 AS target_pixels,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
        s.mu AS reward, s.log_sigma AS reward_log_sigma
 FROM offered o

@@ -1,0 +1,1 @@
+"""Operators measure: they read rows and add columns, and never drop a row."""

@@ -1,0 +1,187 @@
+"""Bring units of the sources in: every record becomes a clean image with its provenance, or the row of a failure.
+Decodes each file once, keeps plain RGB files as they are and stores everything else as a normalised PNG."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dreamlite_data import images, schema, sources
+from dreamlite_data.operators.base import Written, stamp, write_table
+from dreamlite_data.settings import IngestSettings
+from dreamlite_data.sources.base import Record, Unit
+
+
+def caption_id(image_id: str, style: str, text: str) -> str:
+    """Id of a caption: the same words about the same image in the same style are one caption."""
+    return hashlib.sha256(f"{image_id}\0{style}\0{text}".encode()).hexdigest()
+
+
+def edit_id(source_image_id: str, target_image_id: str, instruction: str) -> str:
+    """Id of a triplet."""
+    return hashlib.sha256(f"{source_image_id}\0{target_image_id}\0{instruction}".encode()).hexdigest()
+
+
+class Ingest:
+    """Operator over raw files: `payload` in, the bytes to store and what was done to them out."""
+
+    name = "ingest"
+    version = 1
+    reads = ("subject_id", "payload")
+    table = "op_ingest"
+    resources = {"num_cpus": 1.0}
+    schema = pa.schema([
+        ("subject_id", pa.string()), ("image_id", pa.string()), ("bytes", pa.binary()), ("mime", pa.string()), ("width", pa.int32()),
+        ("height", pa.int32()), ("stored", pa.string()), ("original_mime", pa.string()), ("original_sha256", pa.string()),
+        ("notes", pa.string()), ("error", pa.string()), ("detail", pa.string()),
+    ])  # fmt: skip
+
+    def __init__(self, settings: IngestSettings) -> None:
+        self.settings = settings
+
+    def config(self) -> dict[str, Any]:
+        """Only what can change a byte: how work is cut into tasks is not part of it."""
+        return self.settings.model_dump(exclude={"rows_per_task", "folder_files_per_task"})
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        answers = []
+        for subject, payload in zip(rows["subject_id"].to_pylist(), rows["payload"].to_pylist(), strict=True):
+            try:
+                answers.append({"subject_id": subject, **self._one(payload)})
+            except images.BadImage as bad:
+                answers.append({"subject_id": subject, "error": bad.reason, "detail": bad.detail[:500]})
+            except Exception as error:  # a decoder's own bug must cost one row, not the night
+                answers.append({"subject_id": subject, "error": "decoder_failed", "detail": f"{type(error).__name__}: {error}"[:500]})
+        return pa.Table.from_pylist(answers, schema=self.schema)
+
+    def _one(self, payload: bytes) -> dict[str, Any]:
+        decoded = images.decode(payload, self.settings)
+        kept = payload if decoded.plain else images.encode_png(decoded.pixels)
+        height, width = decoded.pixels.shape[:2]
+        original = hashlib.sha256(payload).hexdigest()
+        return {
+            "image_id": original if decoded.plain else hashlib.sha256(kept).hexdigest(),
+            "bytes": kept,
+            "mime": decoded.mime if decoded.plain else "image/png",
+            "width": width,
+            "height": height,
+            "stored": "original" if decoded.plain else "normalised",
+            "original_mime": decoded.mime,
+            "original_sha256": original,
+            "notes": "; ".join(decoded.notes) or None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class IngestTask:
+    """A group of units for one worker."""
+
+    units: tuple[Unit, ...]
+    settings: IngestSettings
+    version: str
+    staging: str
+
+
+def ingest_task(task: IngestTask) -> Written:
+    """Runs on a worker: read the units, normalise their images, write one Parquet file per table."""
+    operator = Ingest(task.settings)
+    rows: dict[str, list[dict]] = {name: [] for name in ("images", "provenance", "captions", "edits", "op_ingest", "op_shard")}
+    for unit in task.units:
+        shard = {"subject_id": f"{unit.source}/{unit.shard}", "source": unit.source, "shard": unit.shard, "digest": unit.digest}
+        try:
+            records = sources.read(unit, task.settings)
+        except sources.ShardError as error:
+            rows["op_shard"].append({**shard, "rows": 0, "failed": 0, "error": str(error)})
+            continue
+        failed = _ingest_records(operator, unit, records, rows)
+        rows["op_shard"].append({**shard, "rows": len(records), "failed": failed})
+    tables = {name: stamp(name, schema.rows_table(name, found), task.version) for name, found in rows.items() if found}
+    for name, key_column in schema.CONTENT_KEYS.items():
+        if name in tables:
+            tables[name] = first_of_each(tables[name], key_column)
+    key = hashlib.sha256((task.version + "".join(unit.source + unit.shard + unit.digest for unit in task.units)).encode()).hexdigest()[:24]
+    files = {name: write_table(name, table, Path(task.staging), key) for name, table in tables.items()}
+    records_read = len(rows["op_ingest"])
+    return Written(files, records_read, sum(row["error"] is not None for row in rows["op_ingest"]))
+
+
+def first_of_each(rows: pa.Table, key: str) -> pa.Table:
+    """The first row of each key, sorted by key: one order whatever order the source had."""
+    first: dict[str, int] = {}
+    for index, value in enumerate(rows[key].to_pylist()):
+        first.setdefault(value, index)
+    return rows.take(pa.array([first[value] for value in sorted(first)], pa.int64()))
+
+
+def _ingest_records(operator: Ingest, unit: Unit, records: list[Record], rows: dict[str, list[dict]]) -> int:
+    subjects, payloads, owners = [], [], []
+    for index, record in enumerate(records):
+        if record.error is None:
+            for role, payload in record.images.items():
+                subjects.append(f"{index}:{role}")
+                payloads.append(payload)
+                owners.append((index, role))
+    given = pa.table({"subject_id": pa.array(subjects, pa.string()), "payload": pa.array(payloads, pa.binary())})
+    results: dict[int, dict[str, dict]] = {}
+    for (index, role), result in zip(owners, operator(given).to_pylist(), strict=True):
+        results.setdefault(index, {})[role] = result
+    failed = 0
+    for index, record in enumerate(records):
+        images_of_record = results.get(index, {})
+        for role, result in sorted(images_of_record.items()):
+            if result["error"] and record.error is None:
+                record.error = result["error"]
+                record.detail = f"{role or 'image'}: {result['detail']}"
+        failed += record.error is not None
+        _add_rows(unit, record, images_of_record, rows)
+    return failed
+
+
+def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str, list[dict]]) -> None:
+    record_id = f"{unit.source}/{unit.shard}/{record.key}" if unit.kind == "tar" else f"{unit.source}/{record.key}"
+    entry: dict[str, Any] = {
+        "subject_id": record_id, "source": unit.source, "domain": unit.domain, "shard": unit.shard, "source_key": record.key,
+        "task": record.task, "shard_digest": unit.digest, "error": record.error, "detail": record.detail,
+        "notes": "; ".join([*record.notes, *(f"{result['notes']}" for result in found.values() if result["notes"])]) or None,
+        "image_id": None, "source_image_id": None, "caption_id": None, "edit_id": None,
+    }  # fmt: skip
+    rows["op_ingest"].append(entry)
+    if record.error is not None:
+        return
+    for role, result in found.items():
+        rows["images"].append({
+            "image_id": result["image_id"], "bytes": result["bytes"], "mime": result["mime"], "width": result["width"],
+            "height": result["height"], "size_bytes": len(result["bytes"]),
+        })  # fmt: skip
+        rows["provenance"].append({
+            "image_id": result["image_id"], "record_id": record_id, "role": role, "source": unit.source, "shard": unit.shard,
+            "source_key": record.key, "url": _text(record.metadata.get("url")),
+            "licence": _text(record.metadata.get("licence")) or unit.licence, "caption_raw": record.caption if role != "source" else None,
+            "stored": result["stored"], "original_mime": result["original_mime"], "original_sha256": result["original_sha256"],
+            "notes": result["notes"], "ingested_in": unit.digest,
+        })  # fmt: skip
+    if record.task == "edit":
+        source, target = found["source"]["image_id"], found["target"]["image_id"]
+        words = record.metadata["instruction"].strip()
+        entry |= {"image_id": target, "source_image_id": source, "edit_id": edit_id(source, target, words)}
+        rows["edits"].append({
+            "edit_id": entry["edit_id"], "source_image_id": source, "target_image_id": target, "instruction": words,
+            "edit_type": _text(record.metadata.get("edit_type")), "route": "provider",
+            "parent_edit_id": _text(record.metadata.get("parent_edit_id")),
+        })  # fmt: skip
+        return
+    entry["image_id"] = found[""]["image_id"]
+    if record.caption is not None:
+        entry["caption_id"] = caption_id(entry["image_id"], "provider", record.caption)
+        rows["captions"].append({
+            "caption_id": entry["caption_id"], "image_id": entry["image_id"], "style": "provider", "text": record.caption,
+            "captioner": "provider",
+        })  # fmt: skip
+
+
+def _text(value: Any) -> str | None:
+    return value.strip() or None if isinstance(value, str) else None

@@ -1,0 +1,145 @@
+"""Find the rows that an operator has not measured yet, run it over them on an executor, and commit shard by shard.
+Pending work is a query, so a first build, a nightly refresh and a resume after a crash are the same code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dreamlite_data import schema
+from dreamlite_data.executors import Executor
+from dreamlite_data.lake import Lake, insert, register_files
+from dreamlite_data.operators.base import Operator, Task, Written, op_version, run_task, write_table
+from dreamlite_data.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How an operator is applied: `make` builds it (on the driver and on workers), `subjects` is SQL for its narrow input
+    whose first column is the subject, `image_columns` maps input columns of bytes to the id columns that name the image."""
+
+    make: Callable[[], Operator]
+    subjects: str
+    image_columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, rows_per_task: int) -> dict[str, int]:
+    """Run one operator over its pending rows. Returns how many rows it measured and how many of them failed."""
+    operator = measurement.make()
+    version = op_version(operator)
+    rows = pending(lake, measurement.subjects, operator.table, version)
+    measured = failed = 0
+    if len(rows):
+        tasks = cut(lake, measurement, rows, version, rows_per_task)
+        with Progress(operator.name, total=len(rows), unit="rows") as bar:
+            for written in executor.map(run_task, tasks, operator.resources):
+                commit(lake, written)
+                measured += written.rows
+                failed += written.failed
+                bar.advance(written.rows, failed=failed)
+    make_current(lake, operator.name, version, operator.config())
+    return {"rows": measured, "failed": failed}
+
+
+def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:
+    """The rows of `subjects` that have no row of this version in `table`."""
+    names = lake.query(f"DESCRIBE SELECT * FROM ({subjects})")["column_name"].to_pylist()
+    return lake.query(
+        f"SELECT s.* FROM ({subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d "
+        f"ON d.subject_id = s.{names[0]} ORDER BY s.{names[0]}",
+        {"version": version},
+    )
+
+
+def cut(lake: Lake, measurement: Measurement, rows: pa.Table, version: str, rows_per_task: int) -> list[Task]:
+    """Tasks of at most `rows_per_task` rows; rows whose images lie in one file stay together, so a file is read once."""
+    places: dict[str, tuple[str, int]] = {}
+    if measurement.image_columns:
+        ids = pc.unique(pa.chunked_array([chunk for column in measurement.image_columns.values() for chunk in rows[column].chunks]))
+        found = lake.query(
+            "SELECT image_id, filename, file_row_number FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
+            wanted=pa.table({"id": ids}),
+        )
+        places = {
+            image_id: (file, row)
+            for image_id, file, row in zip(*(found[name].to_pylist() for name in found.column_names), strict=True)
+        }
+        lost = [image_id for image_id in ids.to_pylist() if image_id not in places]
+        if lost:
+            raise LookupError(f"{len(lost)} images are referred to but not stored, the first is {lost[0]}")
+        main = next(iter(measurement.image_columns.values()))
+        order = sorted(range(len(rows)), key=[places[image_id] for image_id in rows[main].to_pylist()].__getitem__)
+        rows = rows.take(pa.array(order, pa.int64()))
+    tasks = []
+    for start in range(0, len(rows), rows_per_task):
+        part = rows.slice(start, rows_per_task).combine_chunks()
+        needed = {image_id for column in measurement.image_columns.values() for image_id in part[column].to_pylist()}
+        tasks.append(Task(
+            measurement.make, version, part, dict(measurement.image_columns), {image_id: places[image_id] for image_id in needed},
+            str(lake.staging),
+        ))  # fmt: skip
+    return tasks
+
+
+def commit(lake: Lake, written: Written, withdraw: list[tuple[str, str]] | None = None) -> None:
+    """Register what one worker wrote, in one transaction. Content that the lake has already is left out.
+    `withdraw` names (source, shard) whose earlier records go in the same transaction."""
+    files: dict[str, list[Path]] = {}
+    for name, path in written.files.items():
+        fresh = _without_known(lake, name, Path(path))
+        if fresh is not None:
+            files[name] = [lake.place(name, fresh)]
+
+    def body(connection: Any) -> None:
+        delete_records(connection, withdraw or [])
+        register_files(connection, files)
+
+    if files or withdraw:
+        lake.write(body)
+
+
+def delete_records(connection: Any, shards: list[tuple[str, str]]) -> None:
+    """Take the records of these (source, shard) out of the current state; earlier snapshots keep them."""
+    for table in ("op_ingest", "provenance", "op_shard") if shards else ():
+        connection.register("gone", pa.table({"source": [source for source, _ in shards], "shard": [shard for _, shard in shards]}))
+        connection.execute(f"DELETE FROM {table} WHERE (source, shard) IN (SELECT source, shard FROM gone)")
+        connection.unregister("gone")
+
+
+def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
+    """The worker's file without content that is stored already; None where nothing is left."""
+    key = schema.CONTENT_KEYS.get(table)
+    if key is None:
+        return path
+    ids = pq.read_table(path, columns=[key])
+    known = lake.query(f"SELECT {key} AS id FROM {table} SEMI JOIN ids ON ids.{key} = {table}.{key}", ids=ids)["id"]
+    if not len(known):
+        return path
+    keep = np.asarray(pc.invert(pc.is_in(ids[key], known)))
+    if not keep.any():
+        path.unlink()
+        return None
+    rows = pq.read_table(path).filter(pa.array(keep))
+    return Path(write_table(table, rows, path.parent, path.stem.removeprefix(f"{table}-") + "n"))
+
+
+def make_current(lake: Lake, name: str, version: str, config: dict[str, Any]) -> None:
+    """Let the views follow this version of the operator; nothing is written where they do already."""
+    rows = lake.query(
+        "SELECT max(position) AS top, arg_max(op_version, position) AS version FROM operator_versions WHERE name = $name", {"name": name}
+    ).to_pylist()[0]
+    if rows["version"] == version:
+        return
+    row = {
+        "name": name, "op_version": version, "config_json": json.dumps(config, sort_keys=True, default=str)[:2000],
+        "position": 0 if rows["top"] is None else rows["top"] + 1,
+    }  # fmt: skip
+    lake.write(lambda connection: insert(connection, {"operator_versions": schema.rows_table("operator_versions", [row])}))

@@ -1,0 +1,134 @@
+"""Check words against pixels: a caption against the scene read from its image, an edit's target against its instruction.
+Also measures what changed between source and target, where it changed, and whether anything changed at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import ndimage
+
+from dreamlite_data import scenes, schema
+from dreamlite_data.images import decode_stored
+from dreamlite_data.operators.base import by_row
+from dreamlite_data.operators.edit import EXACT_EDITS
+from dreamlite_data.operators.instruction import parse_instruction
+
+CHANGED_LEVELS = 12  # largest channel difference of a pixel that still counts as unchanged: JPEG and resize noise
+MASK_CELLS = 8
+DRIFT_PX = 3.0
+
+
+class VerifyCaption:
+    """Operator over captions and the readings of their images: no pixels are touched again."""
+
+    name = "verify_caption"
+    version = 1
+    reads = ("caption_id", "text", "scene_json", "reading_reason")
+    table = "op_verify_caption"
+    resources = {"num_cpus": 1.0}
+    schema = schema.OPERATORS["op_verify_caption"]
+
+    def __init__(self, reading: str = "") -> None:
+        """`reading` is the version of the captioner whose readings are compared with: another one verifies anew."""
+        self.reading = reading
+
+    def config(self) -> dict[str, Any]:
+        return {"reading": self.reading}
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return by_row(self._one, rows, "caption_id", self.schema)
+
+    @staticmethod
+    def _one(row: dict[str, Any]) -> dict[str, Any]:
+        said = scenes.parse_caption(row["text"])
+        if said is None:
+            return {"in_language": False, "matches": False, "reason": "the caption is not in the language of scenes"}
+        if row["scene_json"] is None:
+            return {"in_language": True, "matches": False, "reason": f"no scene was read: {row['reading_reason']}"}
+        seen = scenes.Scene.from_json(row["scene_json"])
+        same = seen.key() == said.key()
+        return {"in_language": True, "matches": same, "reason": None if same else f"the image shows {scenes.caption(seen)}"}
+
+
+class VerifyEdit:
+    """Operator over triplets with both images and both readings."""
+
+    name = "verify_edit"
+    version = 1
+    reads = ("edit_id", "instruction", "source_bytes", "target_bytes", "source_scene", "target_scene")
+    table = "op_verify_edit"
+    resources = {"num_cpus": 1.0}
+    schema = schema.OPERATORS["op_verify_edit"]
+
+    def __init__(self, reading: str = "") -> None:
+        """`reading` as in VerifyCaption."""
+        self.reading = reading
+
+    def config(self) -> dict[str, Any]:
+        return {"reading": self.reading, "changed_levels": CHANGED_LEVELS, "mask_cells": MASK_CELLS, "drift_px": DRIFT_PX}
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return by_row(self._one, rows, "edit_id", self.schema)
+
+    @staticmethod
+    def _one(row: dict[str, Any]) -> dict[str, Any]:
+        source, target = decode_stored(row["source_bytes"]), decode_stored(row["target_bytes"])
+        if source.shape != target.shape:
+            sizes = " and ".join(f"{pixels.shape[1]} x {pixels.shape[0]} px" for pixels in (source, target))
+            return {"in_language": False, "matches": False, "reason": f"source and target differ in size: {sizes}"}
+        changed = changed_pixels(source, target)
+        answer = {
+            "edited_fraction": float(changed.mean()), "outside_fraction": None, "edit_mask": mask_cells(changed),
+            "in_language": False, "matches": False, "reason": None,
+        }  # fmt: skip
+        exact = EXACT_EDITS.get(row["instruction"])
+        if exact is not None:
+            same = np.array_equal(exact[1](source), target)
+            reason = None if same else "the target is not what the operation gives"
+            return answer | {"in_language": True, "matches": same, "outside_fraction": 0.0 if same else None, "reason": reason}
+        seen = scenes.Scene.from_json(row["source_scene"]) if row["source_scene"] else None
+        shown = scenes.Scene.from_json(row["target_scene"]) if row["target_scene"] else None
+        edit, reason = parse_instruction(row["instruction"], seen)
+        answer["in_language"] = edit is not None or reason != "unknown"
+        if edit is None or seen is None:
+            text = "the instruction is not in the language of scenes" if reason == "unknown" else reason
+            return answer | {"reason": text}
+        wanted = scenes.apply_edit(seen, edit)
+        answer["outside_fraction"] = float((changed & ~allowed_area(seen, wanted)).mean())
+        return answer | _compare(seen, wanted, shown)
+
+
+def _compare(source: scenes.Scene, wanted: scenes.Scene, shown: scenes.Scene | None) -> dict[str, Any]:
+    if shown is None:
+        return {"matches": False, "reason": "no scene was read from the target"}
+    if shown.key() != wanted.key():
+        return {"matches": False, "reason": f"the target shows {scenes.caption(shown)}"}
+    places = {item.key(): item.centre_px() for item in shown.objects}
+    for item in source.objects:
+        if item in wanted.objects and np.hypot(*np.subtract(places[item.key()], item.centre_px())) > DRIFT_PX:
+            return {"matches": False, "reason": f"the {item.colour} {item.shape} moved although the edit leaves it alone"}
+    return {"matches": True, "reason": None}
+
+
+def changed_pixels(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """bool [H, W]: where uint8 [H, W, 3] images differ by more than CHANGED_LEVELS in any channel."""
+    return np.abs(source.astype(np.int16) - target.astype(np.int16)).max(-1) > CHANGED_LEVELS
+
+
+def mask_cells(changed: np.ndarray) -> bytes:
+    """The edit mask: share of changed pixels of bool [H, W] in each of 8 x 8 cells, as 64 bytes of 0..255."""
+    height, width = changed.shape
+    rows = (np.arange(height) * MASK_CELLS) // height
+    columns = (np.arange(width) * MASK_CELLS) // width
+    cell = rows[:, None] * MASK_CELLS + columns[None, :]
+    total = np.bincount(cell.ravel(), minlength=MASK_CELLS**2)
+    hit = np.bincount(cell.ravel(), weights=changed.ravel(), minlength=MASK_CELLS**2)
+    return np.rint(255 * hit / np.maximum(total, 1)).astype(np.uint8).tobytes()
+
+
+def allowed_area(source: scenes.Scene, wanted: scenes.Scene) -> np.ndarray:
+    """bool [64, 64]: where this edit may change pixels, with room for jitter around the shapes it touches."""
+    expected = changed_pixels(scenes.render(source), scenes.render(wanted))
+    return ndimage.binary_dilation(expected, iterations=3)

@@ -1,0 +1,32 @@
+-- Edit triplets whose target shows what the instruction asks for, and nothing else changed.
+
+-- @candidates
+SELECT row_id, 'edit' AS task, image_id, source_image_id, text, edit_type, edited_fraction, edit_mask, CAST(1 AS FLOAT) AS weight,
+       group_id, error, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
+       row_number() OVER (PARTITION BY coalesce(source_pixels, row_id), coalesce(target_pixels, row_id), text ORDER BY row_id) AS copy
+FROM edit_records
+WHERE list_contains($sources, source)
+
+-- @rule ingested
+error IS NULL
+
+-- @rule unique_triplet
+copy = 1
+
+-- @rule large_enough margin allow=pass_all
+least(width, height) - $min_side_px
+
+-- @rule sharp margin
+least(source_sharpness, target_sharpness) - $min_sharpness
+
+-- @rule something_changed margin
+edited_fraction - $min_edited_fraction
+
+-- @rule in_instruction_language when=require_scene_language allow=pass_all
+in_language
+
+-- @rule change_is_local margin when=require_scene_language allow=pass_all
+$max_outside_fraction - outside_fraction
+
+-- @rule edit_matches_instruction when=require_scene_language allow=pass_all
+matches

@@ -1,0 +1,24 @@
+-- Photos with words: they speak another language than the small world, so they are a dataset of their own.
+
+-- @candidates
+SELECT row_id, 'generate' AS task, image_id, CAST(NULL AS VARCHAR) AS source_image_id, text, CAST(NULL AS VARCHAR) AS edit_type,
+       CAST(NULL AS FLOAT) AS edited_fraction, CAST(NULL AS BLOB) AS edit_mask, CAST(1 AS FLOAT) AS weight, group_id,
+       error, width, height, sharpness,
+       row_number() OVER (PARTITION BY coalesce(group_id, row_id) ORDER BY text IS NULL, row_id) AS copy
+FROM t2i_records
+WHERE list_contains($sources, source) AND domain = 'photos' AND style = 'provider'
+
+-- @rule ingested allow=pass_all
+error IS NULL
+
+-- @rule unique_image allow=pass_all
+copy = 1
+
+-- @rule large_enough margin allow=pass_all
+least(width, height) - $min_side_px
+
+-- @rule sharp margin allow=pass_all
+sharpness - $min_photo_sharpness
+
+-- @rule has_caption allow=pass_all
+text IS NOT NULL

@@ -1,0 +1,30 @@
+-- Text to image: one row per verified caption. Where the provider's caption is missing or wrong, the captioner's stands in.
+
+-- @candidates
+SELECT row_id, 'generate' AS task, image_id, CAST(NULL AS VARCHAR) AS source_image_id, text, CAST(NULL AS VARCHAR) AS edit_type,
+       CAST(NULL AS FLOAT) AS edited_fraction, CAST(NULL AS BLOB) AS edit_mask, CAST(1 AS FLOAT) AS weight, group_id,
+       error, width, height, sharpness, in_language, matches,
+       row_number() OVER (PARTITION BY coalesce(group_id, row_id), style ORDER BY row_id) AS copy
+FROM t2i_records
+WHERE list_contains($sources, source)
+
+-- @rule ingested
+error IS NULL
+
+-- @rule unique_image
+copy = 1
+
+-- @rule large_enough margin allow=pass_all
+least(width, height) - $min_side_px
+
+-- @rule sharp margin
+sharpness - $min_sharpness
+
+-- @rule has_caption allow=pass_all
+text IS NOT NULL
+
+-- @rule in_caption_language when=require_scene_language allow=pass_all
+in_language
+
+-- @rule caption_matches_image when=require_scene_language
+matches

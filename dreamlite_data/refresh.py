@@ -1,0 +1,306 @@
+"""The steps of a data refresh, from sources to dataset versions. Each is a plain function that does only what is pending.
+Orchestrators call these; nothing here knows of one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dreamlite_data import policies, sources
+from dreamlite_data.executors import Executor, from_settings
+from dreamlite_data.lake import Lake
+from dreamlite_data.operators.base import Operator, op_version
+from dreamlite_data.operators.caption import Caption
+from dreamlite_data.operators.duplicates import Duplicates
+from dreamlite_data.operators.edit import Edit
+from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
+from dreamlite_data.operators.quality import Quality
+from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, pending
+from dreamlite_data.operators.score import TASKS, Score, weights_digest
+from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
+from dreamlite_data.progress import Progress
+from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
+from dreamlite_data.sources import photos, scenes
+from dreamlite_data.sources.base import DigestCache, Unit
+
+MEASURES = ("quality", "duplicates", "edit", "caption", "verify_caption", "verify_edit")
+"""Every measurement but scoring, in the order in which each finds its inputs ready."""
+GROUPS = {"quality": ("quality", "duplicates"), "verify": ("verify_caption", "verify_edit")}
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _digest8(settings: ScenesSettings | PhotosSettings) -> str:
+    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+
+
+def _folder(lake: Lake) -> Path:
+    return lake.files / "sources"
+
+
+def _world(settings: ScenesSettings, seed: int) -> str:
+    return f"{_digest8(settings)}_s{seed}"
+
+
+def write_sources(lake: Lake, settings: RefreshSettings, seed: int) -> dict[str, Any]:
+    """Write the small world as WebDataset shards and export the photos. What stands complete already is not written again.
+    The truth about planted faults goes to `<world>.truth.json` beside the shards' folder."""
+    with lake.exclusive("refresh"):
+        answer: dict[str, Any] = {"shards": 0, "planted_faults": 0, "photos": 0}
+        if settings.scenes.t2i_rows or settings.scenes.edit_rows:
+            world = _folder(lake) / f"scenes_{_world(settings.scenes, seed)}"
+            truth_file = world.with_suffix(".truth.json")
+            if not truth_file.exists():
+                _write_world(world, truth_file, settings, seed)
+            answer |= {"scenes": str(world), "shards": len(list(world.rglob("*.tar")))}
+            answer["planted_faults"] = len(json.loads(truth_file.read_text()))
+        if settings.photos.enabled:
+            folder = _folder(lake) / _photo_source(settings)
+            if not folder.exists():
+                draft = folder.with_name(f"{folder.name}.tmp")
+                shutil.rmtree(draft, ignore_errors=True)
+                photos.export(draft, settings.photos.max_px)
+                draft.rename(folder)
+            answer |= {"photos_folder": str(folder)}
+            answer["photos"] = sum(file.suffix not in (".txt", ".json") for file in folder.iterdir())
+        return answer
+
+
+def _photo_source(settings: RefreshSettings) -> str:
+    return f"photos_{settings.photos.max_px}"
+
+
+def _write_world(world: Path, truth_file: Path, settings: RefreshSettings, seed: int) -> None:
+    tasks = scenes.plan(settings.scenes, seed, world)
+    truth = []
+    executor = from_settings(settings)
+    try:
+        with Progress("write scenes", total=settings.scenes.t2i_rows + settings.scenes.edit_rows, unit="rows") as bar:
+            for task, planted in zip(tasks, executor.map(scenes.write_shard, tasks), strict=True):
+                part = "t2i" if task.task == "generate" else "edit"
+                truth += [{"source": f"{world.name}_{part}", **row} for row in planted]
+                bar.advance(task.stop - task.start)
+    finally:
+        if executor.name == "local":
+            executor.close()
+    draft = truth_file.with_suffix(".tmp")
+    draft.write_text(json.dumps(truth))
+    draft.replace(truth_file)  # written last: it says that the shards are complete
+
+
+def source_list(lake: Lake, settings: RefreshSettings, seed: int | None = None) -> list[sources.Source]:
+    """The sources that these settings name; without `seed`, the small worlds of every seed that were written."""
+    found: list[sources.Source] = []
+    if settings.scenes.t2i_rows or settings.scenes.edit_rows:
+        pattern = f"scenes_{_world(settings.scenes, seed)}" if seed is not None else f"scenes_{_digest8(settings.scenes)}_s*"
+        for truth_file in sorted(_folder(lake).glob(f"{pattern}.truth.json")):
+            world = truth_file.name.removesuffix(".truth.json")
+            for part in ("t2i", "edit"):
+                found.append(sources.WebDatasetSource(f"{world}_{part}", _folder(lake) / world / part, "scenes"))
+    if settings.photos.enabled:
+        found.append(sources.FolderSource(_photo_source(settings), _folder(lake) / _photo_source(settings), "photos"))
+    kinds: dict[str, Callable[..., sources.Source]] = {"folder": sources.FolderSource, "webdataset": sources.WebDatasetSource}
+    for extra in settings.extra_sources:
+        if not extra.path.is_dir():
+            raise FileNotFoundError(
+                f"the source {extra.name!r} has no folder at {extra.path}: correct refresh.extra_sources, or mount it. Nothing was withdrawn"
+            )
+        found.append(kinds[extra.kind](extra.name, extra.path, "other", extra.licence))
+    return found
+
+
+# --- ingest ----------------------------------------------------------------------------------------------------------
+
+
+def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[str, Any]:
+    """Read every unit (shard or file) that is new or changed. A unit that is gone from its source is withdrawn: its records
+    leave the current state, earlier snapshots keep them. Returns counts of units, records, failed and quarantined."""
+    with lake.exclusive("refresh"):
+        lake.clean()
+        operator = Ingest(settings.ingest)
+        version = op_version(operator)
+        digests = DigestCache(_folder(lake) / "digests.json")
+        listed = source_list(lake, settings)
+        units = [unit for source in listed for unit in source.units(digests)]
+        digests.save()
+        names = [source.name for source in listed]
+        known = lake.query(
+            "SELECT source, shard, digest, op_version FROM op_shard WHERE list_contains($names, source)", {"names": names}
+        ).to_pylist()
+        done = {(row["source"], row["shard"]): (row["digest"], row["op_version"]) for row in known}
+        fresh = [unit for unit in units if done.get((unit.source, unit.shard)) != (unit.digest, version)]
+        gone = sorted(set(done) - {(unit.source, unit.shard) for unit in units})
+        if gone:
+            lake.write(lambda connection: delete_records(connection, gone))
+        answer: dict[str, Any] = {"units": len(units), "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0}
+        tasks = _ingest_tasks(fresh, settings, version, str(lake.staging))
+        with Progress("ingest", total=len(fresh), unit="units") as bar:
+            for task, written in zip(tasks, executor.map(ingest_task, tasks, operator.resources), strict=True):
+                changed = [(unit.source, unit.shard) for unit in task.units if (unit.source, unit.shard) in done]
+                commit(lake, written, changed)
+                answer["records"] += written.rows
+                answer["failed"] += written.failed
+                bar.advance(len(task.units), records=answer["records"], failed=answer["failed"])
+        make_current(lake, operator.name, version, operator.config())
+        answer["quarantined"] = lake.query(
+            "SELECT count(*) AS n FROM op_shard WHERE error IS NOT NULL AND list_contains($names, source)", {"names": names}
+        )["n"][0].as_py()
+        return answer
+
+
+def _ingest_tasks(units: list[Unit], settings: RefreshSettings, version: str, staging: str) -> list[IngestTask]:
+    """A tar is a task; files of one folder are grouped, for a commit per file would take longer than the file."""
+    groups: list[list[Unit]] = []
+    for unit in units:
+        last = groups[-1] if groups else None
+        if last and unit.kind == "file" and last[0].source == unit.source and len(last) < settings.ingest.folder_files_per_task:
+            last.append(unit)
+        else:
+            groups.append([unit])
+    return [IngestTask(tuple(group), settings.ingest, version, staging) for group in groups]
+
+
+# --- measure ---------------------------------------------------------------------------------------------------------
+
+
+def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Sequence[str]) -> dict[str, Any]:
+    """Run the named measurements (of MEASURES, or the groups 'quality' and 'verify') over what they have not seen.
+    `edit` makes new images, so the measures of an image follow it at once. Returns rows and failures of each."""
+    wanted: list[str] = []
+    for name in names:
+        if name not in (*MEASURES, *GROUPS):
+            raise ValueError(f"there is no measurement {name!r}; there are {', '.join((*MEASURES, *GROUPS))}")
+        wanted += [part for part in GROUPS.get(name, (name,)) if part not in wanted]
+    answer: dict[str, Any] = {}
+    with lake.exclusive("refresh"):
+        for name in wanted:
+            steps = ("edit", "quality", "duplicates") if name == "edit" else (name,)
+            for step in steps:
+                counts = _measure_one(lake, settings, executor, step)
+                for key, value in counts.items():
+                    answer[f"{step}_{key}"] = answer.get(f"{step}_{key}", 0) + value
+    return answer
+
+
+def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int]:
+    if name == "duplicates":
+        return _group_duplicates(lake)
+    return measure_pending(lake, _measurement(lake, settings, name), executor, settings.ingest.rows_per_task)
+
+
+def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measurement:
+    """How each measurement finds its subjects: the one place where operators meet the lake's tables."""
+    if name == "quality":
+        return Measurement(Quality, "SELECT image_id FROM images", {"bytes": "image_id"})
+    if name == "caption":
+        return Measurement(Caption, "SELECT image_id FROM images", {"bytes": "image_id"})
+    if name == "edit":
+        subjects = (
+            "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
+            f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
+        )
+        if not settings.photos.edits_per_image:
+            subjects += " AND false"
+        return Measurement(functools.partial(Edit, settings.photos.edits_per_image), subjects, {"bytes": "image_id"})
+    reading = lake.query("SELECT op_version FROM current_versions WHERE name = 'caption'")["op_version"].to_pylist()
+    if not reading:
+        raise LookupError(f"the measurement {name!r} compares with what was read from the images: run 'caption' first")
+    if name == "verify_caption":
+        return Measurement(
+            functools.partial(VerifyCaption, reading[0]),
+            "SELECT c.caption_id, c.text, k.scene_json, coalesce(k.reason, k.error) AS reading_reason FROM captions c "
+            "JOIN current_caption k ON k.subject_id = c.image_id",
+        )
+    return Measurement(
+        functools.partial(VerifyEdit, reading[0]),
+        "SELECT e.edit_id, e.instruction, e.target_image_id, e.source_image_id, a.scene_json AS source_scene, "
+        "b.scene_json AS target_scene FROM edits e JOIN current_caption a ON a.subject_id = e.source_image_id "
+        "JOIN current_caption b ON b.subject_id = e.target_image_id",
+        {"target_bytes": "target_image_id", "source_bytes": "source_image_id"},
+    )
+
+
+def _group_duplicates(lake: Lake) -> dict[str, int]:
+    operator_config = Duplicates.config()
+    columns = "q.subject_id, q.pixel_sha256, q.phash, least(i.width, i.height) AS min_side_px"
+    measured = "FROM current_quality q JOIN images i ON i.image_id = q.subject_id"
+    version = op_version(_Named(Duplicates, operator_config))
+    rows = pending(lake, f"SELECT {columns} {measured}", "op_duplicates", version)
+    if len(rows):
+        known = lake.query(
+            f"SELECT {columns}, d.group_id {measured} JOIN op_duplicates d ON d.subject_id = q.subject_id "
+            "WHERE d.op_version = $version AND d.group_id IS NOT NULL ORDER BY q.subject_id",
+            {"version": version},
+        )
+        found = Duplicates(known)(rows).drop_columns(["op_version"])
+        lake.append({"op_duplicates": found.append_column("op_version", pa.array([version] * len(found), pa.string()))})
+    make_current(lake, Duplicates.name, version, operator_config)
+    return {"rows": len(rows), "failed": 0}
+
+
+class _Named:
+    """Name, version and config of an operator that is not built yet, for `op_version`."""
+
+    def __init__(self, operator: type[Operator], config: dict[str, Any]) -> None:
+        self.name, self.version, self._config = operator.name, operator.version, config
+
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+
+# --- score -----------------------------------------------------------------------------------------------------------
+
+
+def score(lake: Lake, settings: RefreshSettings, executor: Executor, reward_dirs: dict[str, Path]) -> dict[str, Any]:
+    """Score verified captions with reward_dirs['generate'] and verified triplets with reward_dirs['edit']. Verification comes
+    first because it is cheap and a reward is not. A model is loaded only where rows are pending."""
+    answer: dict[str, Any] = {}
+    fits = "matches" if settings.policy.require_scene_language else "(matches OR NOT coalesce(in_language, false))"
+    subjects = {
+        "generate": f"SELECT DISTINCT caption_id AS subject_id, text, image_id FROM t2i_records WHERE error IS NULL AND "
+        f"caption_id IS NOT NULL AND {fits}",
+        "edit": f"SELECT DISTINCT edit_id AS subject_id, text, image_id, source_image_id FROM edit_records WHERE error IS NULL AND {fits} "
+        "AND source <> 'exact'",
+    }
+    unknown = set(reward_dirs) - set(TASKS)
+    if unknown:
+        raise ValueError(f"there is no scoring task {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
+    with lake.exclusive("refresh"):
+        digests = DigestCache(_folder(lake) / "digests.json")
+        for task, directory in sorted(reward_dirs.items()):
+            weights = weights_digest(Path(directory), digests)
+            images = {"image_bytes": "image_id"} | ({"source_bytes": "source_image_id"} if task == "edit" else {})
+            measurement = Measurement(functools.partial(Score, task, Path(directory), weights), subjects[task], images)
+            counts = measure_pending(lake, measurement, executor, settings.ingest.rows_per_task)
+            answer |= {f"{task}_{key}": value for key, value in counts.items()}
+        digests.save()
+    return answer
+
+
+# --- curate ----------------------------------------------------------------------------------------------------------
+
+
+def curate(lake: Lake, settings: RefreshSettings, seed: int) -> list[dict[str, Any]]:
+    """Run the policies; returns name, version, rows and digest of every dataset that has candidates."""
+    parameters = settings.policy.model_dump() | {
+        "sources": [source.name for source in source_list(lake, settings, seed)],
+        "seed": str(seed),
+    }
+    if settings.scenes.fault_share == 0:
+        parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find
+    with lake.exclusive("refresh"):
+        return policies.curate(lake, parameters)
+
+
+def funnel(lake: Lake) -> pa.Table:
+    """Rows in, rejected and out of every rule of the newest dataset versions: dataset, version, position, rule, rows_in,
+    rejected, rows_out."""
+    return lake.query("SELECT * FROM funnel")

@@ -1,0 +1,151 @@
+"""What a source is: a list of units (a tar shard, or one file of a folder) and the records inside each.
+A unit is named by the digest of its content, so new and changed ones are found by comparison with the lake."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from dreamlite_data.settings import IngestSettings
+
+CAPTION_SUFFIXES = ("txt", "caption")
+METADATA_SUFFIX = "json"
+
+
+class ShardError(ValueError):
+    """A unit cannot be read at all and goes to quarantine; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Something that is read whole. `domain` is 'scenes', 'photos' or 'other' and tells policies what language to expect;
+    `kind` is 'tar' or 'file'."""
+
+    source: str
+    domain: str
+    shard: str
+    path: str
+    digest: str
+    kind: str
+    size_bytes: int
+    licence: str | None = None
+    sidecars: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Record:
+    """One sample of a source. `images` maps a role ('' for a plain sample, 'source' and 'target' for a triplet) to raw bytes.
+    A record with `error` set is kept as the row of a failure."""
+
+    key: str
+    images: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    caption: str | None = None
+    metadata: dict = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    error: str | None = None
+    detail: str | None = None
+
+    @property
+    def task(self) -> str:
+        """'edit' for a triplet, else 'generate'."""
+        return "edit" if {"source", "target"} & set(self.images) or "instruction" in self.metadata else "generate"
+
+
+class Source(Protocol):
+    """Where units come from. Listing must be cheap: nothing is decoded."""
+
+    name: str
+
+    def units(self, digests: DigestCache) -> Iterator[Unit]: ...
+
+
+class DigestCache:
+    """sha256 of files, remembered by (path, size, modification time) so that a nightly listing reads no content twice."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list] = {}
+        self._changed = False
+        try:
+            self._known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            pass  # a lost or torn cache costs one reading of the files, never a wrong answer
+
+    def digest(self, path: Path) -> str:
+        """sha256 of the file at `path` in hex."""
+        facts = path.stat()
+        seen = self._known.get(str(path))
+        if seen and seen[:2] == [facts.st_size, facts.st_mtime_ns]:
+            return seen[2]
+        with path.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        self._known[str(path)] = [facts.st_size, facts.st_mtime_ns, found]
+        self._changed = True
+        return found
+
+    def save(self) -> None:
+        """Write the cache back where anything was added."""
+        if self._changed:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self._path.with_suffix(".tmp")
+            draft.write_text(json.dumps(self._known))
+            draft.replace(self._path)
+            self._changed = False
+
+
+def read_sidecar(record: Record, suffix: str, payload: bytes) -> None:
+    """Add a caption (.txt) or metadata (.json) member to `record`; what cannot be read becomes a note, not an error."""
+    if suffix in CAPTION_SUFFIXES:
+        try:
+            record.caption = payload.decode("utf-8").strip("\ufeff \t\r\n") or None
+            if record.caption is None:
+                record.notes.append("caption_empty")
+            elif "\x00" in record.caption:
+                record.caption = None
+                record.notes.append("caption_not_text")
+        except UnicodeDecodeError as error:
+            record.notes.append("caption_not_utf8")
+            record.detail = f"caption: {error}"
+        return
+    try:
+        fields = json.loads(payload)
+        if not isinstance(fields, dict):
+            raise ValueError(f"a JSON {type(fields).__name__}, not an object")
+        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is legal JSON but no text
+        record.metadata |= fields
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        record.notes.append("metadata_invalid")
+        record.detail = f"metadata: {error}"
+
+
+def finish(record: Record) -> Record:
+    """Check that `record` is whole: sets `error` where an image is missing, notes where its text is."""
+    caption = record.metadata.get("caption")
+    if record.caption is None and isinstance(caption, str) and caption.strip():
+        record.caption = caption.strip()
+    if record.error:
+        return record
+    if record.task == "edit":
+        missing = [role for role in ("source", "target") if role not in record.images]
+        instruction = record.metadata.get("instruction")
+        if missing:
+            record.error, record.detail = f"missing_{missing[0]}", f"the triplet has no {' and no '.join(missing)} image"
+        elif not (isinstance(instruction, str) and instruction.strip()):
+            record.error = "missing_instruction"
+            record.detail = record.detail or "the triplet's metadata holds no instruction"
+    elif not record.images:
+        record.error, record.detail = "missing_image", record.detail or "a caption or metadata without an image"
+    elif record.caption is None and not any(note.startswith("caption_") for note in record.notes):
+        record.notes.append("missing_sidecar")
+    return record
+
+
+def over_limit(size_bytes: int, limits: IngestSettings) -> str | None:
+    """Why a file of this size is not read, or None."""
+    if size_bytes > limits.max_member_mb * 2**20:
+        return f"{size_bytes / 2**20:.0f} MB is over the limit of {limits.max_member_mb} MB a file"
+    return None
