@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from trainers.processor import SquareImageProcessor
 
 HiddenState = Literal["pre_norm", "post_norm"]
 
@@ -33,24 +35,6 @@ EDIT_PROMPT = (
 )
 GENERATE_DROP, EDIT_DROP = 34, 64  # prefix tokens: system block and user header, with the Qwen vocabulary
 ENCODER_INPUT_PX = 512  # the stock pipelines squeeze the source to this square before the processor sees it
-
-
-class SquareImageProcessor(Qwen3VLProcessor):
-    """A `Qwen3VLProcessor` without its video half, which would need torchvision."""
-
-    attributes = ["image_processor", "tokenizer"]
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # noqa: ANN001, ANN003
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        """The parts that are saved and loaded: no video processor."""
-        return ["image_processor", "tokenizer"]
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
-        """Accept a missing video processor; the others are checked as usual."""
-        return type(None) if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
 
 @dataclasses.dataclass(frozen=True)

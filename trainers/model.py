@@ -114,7 +114,7 @@ def save_checkpoint(
     index = {
         "_class_name": "DreamLiteMobilePipeline" if distilled else "DreamLitePipeline",
         "_diffusers_version": "0.42.1",
-        "processor": ["trainers.conditioning", "SquareImageProcessor"],
+        "processor": ["trainers.processor", "SquareImageProcessor"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],

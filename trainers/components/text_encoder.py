@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from dreamlite_data import scenes
-from trainers.conditioning import Embeddings, PromptEncoder, SquareImageProcessor, as_image, check_drop_lengths, stack
+from trainers.conditioning import Embeddings, PromptEncoder, as_image, check_drop_lengths, stack
 from trainers.conditioning import EDIT_PROMPT, EDIT_TEMPLATE, GENERATE_PROMPT, GENERATE_TEMPLATE
 from trainers.conditioning import hidden_states
+from trainers.processor import SquareImageProcessor
 
 FIELDS = {
     "colour": ["none", *scenes.COLOURS],
@@ -24,6 +25,7 @@ FIELDS = {
 GLOBALS = {"background": list(scenes.BACKGROUNDS), "style": list(scenes.STYLES)}
 CELLS = len(scenes.POSITIONS)
 PATCH_PX = 8
+PEAK_RATE = 2e-3
 
 
 def text_encoder_config(
@@ -105,27 +107,43 @@ def build_text_encoder(
     tokenizer: PreTrainedTokenizerFast,
     processor: SquareImageProcessor,
     *,
-    steps: int,
-    batch: int = 32,
+    phases: tuple[tuple[int, int, int], ...],
     seed: int = 0,
+    start: Qwen3VLForConditionalGeneration | None = None,
     log: Callable[[int, dict[str, float]], None],
 ) -> tuple[Qwen3VLForConditionalGeneration, dict[str, float]]:
-    """Train on captions (half of each batch) and on instructions with their source image (the other half).
+    """Train on captions and on instructions with their source image.
 
-    Returns the encoder and the share of held-out prompts whose whole scene the probe reads from the kept states.
+    `phases` are (steps, generate rows, edit rows) each with a learning-rate cycle and a fresh probe of its own: captions
+    are learned in a few hundred steps, reading a source takes the rest. Returns the encoder and the share of held-out
+    prompts whose whole scene the last probe reads from the kept states.
     """
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(text_encoder_config(tokenizer)).train()
+    model = (start or Qwen3VLForConditionalGeneration(text_encoder_config(tokenizer))).train()
+    for number, (steps, *counts) in enumerate(phases):
+        probe = _train_phase(model, tokenizer, steps, dict(zip(("generate", "edit"), counts, strict=True)), (seed, 3, number), log)
+    encoder = PromptEncoder(model, tokenizer, processor, "post_norm")
+    return model, measure_text_encoder(encoder, probe.eval(), seed=seed + 1_000)
+
+
+def _train_phase(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    counts: dict[str, int],
+    key: tuple[int, ...],
+    log: Callable[[int, dict[str, float]], None],
+) -> SceneProbe:
     probe = SceneProbe(model.config.text_config.hidden_size)
     drop = check_drop_lengths(tokenizer)
     parameters = [*model.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.08)
-    rng = np.random.default_rng((seed, 3))
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.08)
+    rng = np.random.default_rng(key)
     for step in range(steps):
         losses = {}
-        for task in ("generate", "edit"):
-            inputs, wanted = sample_prompts(task, batch // 2, rng, tokenizer)
+        for task, count in counts.items():
+            inputs, wanted = sample_prompts(task, count, rng, tokenizer)
             states = hidden_states(model, inputs.pop("input_ids"), mask := inputs.pop("attention_mask"), "post_norm", **inputs)
             kept = stack([row[keep.bool()][drop[task] :] for row, keep in zip(states, mask, strict=True)])
             losses[task] = probe_loss(probe(kept), scene_labels(wanted))
@@ -136,8 +154,7 @@ def build_text_encoder(
         schedule.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log(step + 1, {name: loss.item() for name, loss in losses.items()})
-    encoder = PromptEncoder(model, tokenizer, processor, "post_norm")
-    return model, measure_text_encoder(encoder, probe.eval(), seed=seed + 1_000)
+    return probe
 
 
 def probe_loss(logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dreamlite_data import scenes
-from trainers.conditioning import EDIT_PROMPT, EDIT_TEMPLATE, GENERATE_PROMPT, GENERATE_TEMPLATE, SquareImageProcessor
+from trainers.conditioning import EDIT_PROMPT, EDIT_TEMPLATE, GENERATE_PROMPT, GENERATE_TEMPLATE
+from trainers.processor import SquareImageProcessor
 
 # The splitting rule of the Qwen2/Qwen3 tokenizers (tokenizer.json, Apache-2.0).
 QWEN_SPLIT = (

@@ -1,63 +1,78 @@
 """Scores a bundle as a phone would run it: exact readings of held-out small-world scenes, per task and edit kind.
-No torch: what is measured is the artifact, not the model it came from."""
+Asks the same questions as every training stage, so the loss of export and of int8 is a plain subtraction."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamlite_data import scenes
+from trainers.evaluate import GRID_IMAGES, Questions, contact_sheet, draw_questions
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
 
-HELD_OUT = 0x65_76_61_6C
-"""Joins the seed so that these scenes come from a stream of their own, apart from every training draw."""
 BATCH = 32
 
 
-def evaluate_bundle(bundle: Path, settings: ExportSettings, variant: str = "int8", seed: int = 0) -> list[dict[str, Any]]:
-    """Rows {task, metric, value, n}: generate_exact, edit_exact, edit_exact_<kind> and seconds_per_image.
+def evaluate_bundle(
+    bundle: Path, settings: ExportSettings, variant: str = "int8", seed: int = 0, *, output: Path | None = None
+) -> list[dict[str, Any]]:
+    """Rows {task, metric, value, n}: generate_exact, edit_exact, both by kind, and seconds_per_image.
 
     A generated image counts when the verifier reads exactly the prompted scene; an edit when it reads the target and
-    everything else kept its place. Both variants see the same scenes and seeds, so their difference is paired.
+    everything else kept its place. `seed` draws the noise, the same for every variant, so differences are paired.
+    output: folder for grid_generate_<variant>.png and grid_edit_<variant>.png.
     """
     runner = Runner(bundle, variant, settings.threads)
-    rng = np.random.default_rng((seed, HELD_OUT))
-    count = settings.evaluate_rows
-    wanted = [scenes.sample_scene(rng) for _ in range(count)]
-    captions = [scenes.caption(scene, rng) for scene in wanted]
-    started = time.perf_counter()
-    right = 0
-    for start in range(0, count, BATCH):
-        part = range(start, min(start + BATCH, count))
-        images = runner.generate([captions[index] for index in part], [_seed(seed, 0, index) for index in part])
-        right += sum(scenes.matches(image, wanted[index]) for image, index in zip(images, part, strict=True))
-    rows = [
-        _row("generate", "generate_exact", right / count, count),
-        _row("generate", "seconds_per_image", (time.perf_counter() - started) / count, count),
-    ]
+    asked = draw_questions(settings.evaluate_rows, settings.evaluate_seed)
+    drawn, seconds = _answer(settings.evaluate_rows, lambda rows: _generate(runner, asked, seed, rows))
+    right = [bool(scenes.matches(image, scene)) for image, scene in zip(drawn, asked.wanted, strict=True)]
+    counts = [f"{len(scene.objects)}_objects" for scene in asked.wanted]
+    rows = _scores("generate", right, counts, seconds)
+    if output is not None:
+        some = slice(0, GRID_IMAGES)
+        sheet = [[image] for image in drawn[some]]
+        contact_sheet(sheet, asked.prompts[some], right[some], output / f"grid_generate_{variant}.png")
     if "edit_encoder" not in runner.manifest["graphs"]:
         return rows
-    edits = [scenes.sample_edit(scene, rng) for scene in wanted]
-    texts = [scenes.instruction(edit, scene, rng) for edit, scene in zip(edits, wanted, strict=True)]
-    targets = [scenes.apply_edit(scene, edit) for edit, scene in zip(edits, wanted, strict=True)]
-    kinds: dict[str, list[bool]] = defaultdict(list)
+    sources = [scenes.render(scene) for scene in asked.sources]
+    edited, seconds = _answer(settings.evaluate_rows, lambda rows: _edit(runner, asked, sources, seed, rows))
+    triples = zip(asked.sources, edited, asked.targets, strict=True)
+    right = [bool(scenes.edit_matches(source, image, target)) for source, image, target in triples]
+    if output is not None:
+        sheet = [[source, image] for source, image in zip(sources[some], edited[some], strict=True)]
+        contact_sheet(sheet, asked.instructions[some], right[some], output / f"grid_edit_{variant}.png")
+    return rows + _scores("edit", right, asked.kinds, seconds)
+
+
+def _answer(count: int, call: Any) -> tuple[np.ndarray, float]:
+    """All answers in batches, and seconds per image."""
     started = time.perf_counter()
-    for start in range(0, count, BATCH):
-        part = range(start, min(start + BATCH, count))
-        sources = [scenes.render(wanted[index]) for index in part]
-        images = runner.edit(sources, [texts[index] for index in part], [_seed(seed, 1, index) for index in part])
-        for image, index in zip(images, part, strict=True):
-            kinds[edits[index].kind].append(bool(scenes.edit_matches(wanted[index], image, targets[index])))
-    total = [hit for hits in kinds.values() for hit in hits]
-    rows.append(_row("edit", "edit_exact", float(np.mean(total)), count))
-    rows += [_row("edit", f"edit_exact_{kind}", float(np.mean(hits)), len(hits)) for kind, hits in sorted(kinds.items())]
-    rows.append(_row("edit", "seconds_per_image", (time.perf_counter() - started) / count, count))
-    return rows
+    parts = [call(range(start, min(start + BATCH, count))) for start in range(0, count, BATCH)]
+    return np.concatenate(parts), (time.perf_counter() - started) / count
+
+
+def _generate(runner: Runner, asked: Questions, seed: int, rows: range) -> np.ndarray:
+    return runner.generate([asked.prompts[row] for row in rows], [_seed(seed, 0, row) for row in rows])
+
+
+def _edit(runner: Runner, asked: Questions, sources: list[np.ndarray], seed: int, rows: range) -> np.ndarray:
+    instructions = [asked.instructions[row] for row in rows]
+    return runner.edit([sources[row] for row in rows], instructions, [_seed(seed, 1, row) for row in rows])
+
+
+def _scores(task: str, right: Sequence[bool], kinds: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for kind, hit in zip(kinds, right, strict=True):
+        groups[kind].append(hit)
+    rows = [_row(task, f"{task}_exact", float(np.mean(right)), len(right))]
+    rows += [_row(task, f"{task}_exact_{kind}", float(np.mean(hits)), len(hits)) for kind, hits in sorted(groups.items())]
+    return [*rows, _row(task, "seconds_per_image", seconds, len(right))]
 
 
 def _row(task: str, metric: str, value: float, n: int) -> dict[str, Any]:

@@ -3,15 +3,16 @@ The torch side is built from the stock classes and the training code's own condi
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from trainers.conditioning import Embeddings, PromptEncoder
+from trainers.export.rows import Row
 from trainers.export.source import Source
 
 
@@ -32,6 +33,7 @@ class TorchReference:
         self.source = source
         self.unet = DreamLiteUNetModel.from_pretrained(folder / "unet").eval().float()
         self.vae = AutoencoderTiny.from_pretrained(folder / "vae").eval().float()
+        self.image_processor = VaeImageProcessor(vae_scale_factor=2 * source.scale)
         self.encoder = PromptEncoder.load(folder, source.hidden_state)
         self.sigmas = torch.tensor(source.sigmas(steps), dtype=torch.float32)
 
@@ -60,9 +62,11 @@ class TorchReference:
         return self.unet(**tensors, added_cond_kwargs={"time_ids": time_ids}, return_dict=False)[0].numpy()
 
     @torch.no_grad()
-    def encode_image(self, images: np.ndarray) -> np.ndarray:
-        """Latents (N, 4, h, w) of float images (N, 3, H, W) in [-1, 1]."""
-        return self.vae.encode(torch.from_numpy(images)).latents.numpy()
+    def encode_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Latents (N, 4, h, w) of uint8 (H, W, 3) images, squeezed to the trained size as the stock pipeline does."""
+        size = self.source.size_px
+        processed = [self.image_processor.preprocess(Image.fromarray(image), height=size, width=size) for image in images]
+        return self.vae.encode(torch.cat(processed)).latents.numpy()
 
     @torch.no_grad()
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -70,19 +74,15 @@ class TorchReference:
         shift = getattr(self.vae.config, "shift_factor", 0.0) or 0.0
         return self.vae.decode(torch.from_numpy(latents) / self.vae.config.scaling_factor + shift).sample.numpy()
 
-    def embed(self, rows: list[dict[str, Any]], task: str) -> Embeddings:
-        """Hidden states and mask of calibration rows of one task, right padded to the longest row."""
-        texts = [row["text"] for row in rows]
-        if task == "generate":
+    def embed(self, rows: Sequence[Row]) -> Embeddings:
+        """Hidden states and mask of rows of one task, right padded to the longest row."""
+        texts = [row.text for row in rows]
+        if rows[0].task == "generate":
             return self.encoder.generate(texts)
-        return self.encoder.edit([Image.fromarray(row["image"]) for row in rows], texts)
+        return self.encoder.edit([Image.fromarray(row.image) for row in rows], texts)
 
 
 def kept(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The unmasked rows of (N, S, C) as (tokens, C): padded lengths may differ between two encoders."""
     return states[mask.astype(bool)]
 
-
-def read_directory_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

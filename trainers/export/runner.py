@@ -121,7 +121,7 @@ class Runner:
                 }
                 if on_step is not None:
                     on_step(index, inputs)
-                velocity = self._run("unet", inputs)[..., : x.shape[3]]
+                velocity = self.run_graph("unet", inputs)[..., : x.shape[3]]
                 x = x + (after - sigma) * velocity
             parts.append(x)
         return np.concatenate(parts)
@@ -217,13 +217,14 @@ class Runner:
             self._sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return self._sessions[graph]
 
-    def _run(self, graph: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def run_graph(self, graph: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Output of one graph ('unet', 'vae_decoder', ...) for the inputs that the manifest lists, as one batch."""
         return self._session(graph).run(None, inputs)[0]
 
     def _chunked(self, graph: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         total = len(next(iter(inputs.values())))
         chunks = [slice(start, start + MAX_BATCH) for start in range(0, total, MAX_BATCH)]
-        return np.concatenate([self._run(graph, {key: value[rows] for key, value in inputs.items()}) for rows in chunks])
+        return np.concatenate([self.run_graph(graph, {key: value[rows] for key, value in inputs.items()}) for rows in chunks])
 
     def _no_images(self) -> np.ndarray:
         size = self.manifest["shapes"]["image"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from dreamlite_data.settings import StrictSettings
 
 RELEASE_LICENCE = "CC-BY-NC-4.0"
 """Licence of the released DreamLite weights; everything derived from them inherits it."""
 
 
-class ExportSettings(BaseModel):
+class ExportSettings(StrictSettings):
     """Settings of `export_bundle` and `evaluate_bundle`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(4, ge=1, le=64, description="Euler steps the student was distilled for.")
     sequence_tokens: int = Field(
@@ -39,7 +39,8 @@ class ExportSettings(BaseModel):
     )
     parity_rows: int = Field(4, ge=1, description="Rows per task of the parity report; also the bundle's samples.")
     max_abs_error: float = Field(1e-3, gt=0, description="A float graph further than this from torch stops the export.")
-    evaluate_rows: int = Field(200, ge=1, description="Held-out scenes per task in evaluate_bundle.")
+    evaluate_rows: int = Field(192, ge=1, description="Held-out prompts, and as many edits, in evaluate_bundle.")
+    evaluate_seed: int = Field(20_260_328, description="Draws the questions; equal to evaluate.seed, so that numbers compare.")
     threads: int = Field(1, ge=1, description="ONNX Runtime threads; one is fastest for small nets on a busy machine.")
     seed: int = 0
     weights_licence: str = "Apache-2.0"

@@ -89,8 +89,11 @@ def directory_digest(directory: Path) -> str:
     return total.hexdigest()
 
 
-def read_source(checkpoint: Path) -> Source:
-    """Facts of the checkpoint directory. ValueError in one sentence when a part or fact is missing or impossible."""
+def read_source(checkpoint: Path, steps: int | None = None) -> Source:
+    """Facts of the checkpoint directory. ValueError in one sentence when a part or fact is missing or impossible.
+
+    steps: the number of Euler steps asked for; a checkpoint that says it was distilled for another number is refused.
+    """
     checkpoint = Path(checkpoint)
     missing = [part for part in PARTS if not (checkpoint / part).is_dir()]
     if missing:
@@ -99,6 +102,10 @@ def read_source(checkpoint: Path) -> Source:
     absent = [key for key in FACT_KEYS if key not in facts]
     if absent:
         raise ValueError(f"{checkpoint / 'dreamlite.json'} lacks {', '.join(absent)}; save the checkpoint again to add it.")
+    distilled = facts.get("distilled_steps", steps)
+    if steps is not None and distilled != steps:
+        what = "was never distilled" if distilled is None else f"was distilled for {distilled} steps"
+        raise ValueError(f"{checkpoint} {what}, export.steps is {steps}; a bundle runs the student's own steps without guidance.")
     if facts["hidden_state"] not in get_args(HiddenState):
         raise ValueError(
             f"{checkpoint / 'dreamlite.json'} says hidden_state '{facts['hidden_state']}'; known are pre_norm and post_norm."

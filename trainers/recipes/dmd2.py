@@ -107,7 +107,7 @@ class DMD2Recipe:
     def _matching_gradient(
         self, data: torch.Tensor, batch: Batch, index: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """g = (x0_fake - x0_real) / mean |x - x0_real|, per sample: descending it pulls the student to the teacher."""
+        """The gradient at a drawn score time: descending it pulls the student to the guided teacher."""
         settings = self.settings
         span = settings.score_time_high - settings.score_time_low
         times = settings.score_time_low + span * keyed_uniform((*self.key, 11), batch.positions, 1)[:, 0]
@@ -126,11 +126,15 @@ class DMD2Recipe:
         real = data_from_velocity(x, guided(x, times), times)
         fake_velocity = predict(self.fake, x, times, batch.condition, batch.text, self.rows.size_px)
         fake = data_from_velocity(x, fake_velocity, times)
-        normaliser = (data - real).abs().mean(dim=(1, 2, 3), keepdim=True) + NORMALISER_FLOOR
-        gradient = (fake - real) / normaliser
+        gradient = matching_gradient(data, real, fake)
         logs = {"teacher_gap": (data - real).abs().mean().item(), "score_gap": (fake - real).abs().mean().item()}
         return gradient, logs
 
     def _velocity(self, unet: DreamLiteUNetModel, x: torch.Tensor, sigma: float, batch: Batch) -> torch.Tensor:
         times = torch.full((len(x),), sigma)
         return predict(unet, x, times, batch.condition, batch.text, self.rows.size_px)
+
+
+def matching_gradient(data: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """g = (x0_fake - x0_real) / (mean |x - x0_real| + 1e-6), normalised per sample so that batches of any layout agree."""
+    return (fake - real) / ((data - real).abs().mean(dim=(1, 2, 3), keepdim=True) + NORMALISER_FLOOR)

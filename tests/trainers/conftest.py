@@ -1,0 +1,49 @@
+"""Tiny untrained parts of the real classes, saved and loaded like trained ones.
+Session-wide: building them takes a second or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from transformers import Qwen3VLForConditionalGeneration
+
+from trainers.components.text_encoder import text_encoder_config
+from trainers.components.tokenizer import build_processor, build_tokenizer
+from trainers.flow import SCHEDULER_CONFIG
+from trainers.model import build_unet, save_checkpoint
+from trainers.settings import ModelSettings
+
+TINY_MODEL = ModelSettings(channels=(32, 64), head_width=16)
+
+
+@pytest.fixture(scope="session")
+def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("components")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    build_processor(tokenizer, image_px=64, patch_px=8).save_pretrained(folder / "processor")
+    config = text_encoder_config(tokenizer, hidden=64, layers=2, vision_layers=1, vision_hidden=32)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(components: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint for the base pipeline and one for the mobile pipeline, of the same weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    unet = build_unet(TINY_MODEL, 64, seed=1)
+    for name, steps in (("base", None), ("mobile", 4)):
+        facts = {"stage": name, "hidden_state": "post_norm", "size_px": 64, "distilled_steps": steps}
+        save_checkpoint(unet, components, folder / name, facts=facts, distilled=steps is not None)
+    return {"base": folder / "base", "mobile": folder / "mobile"}

@@ -1,0 +1,214 @@
+"""Each recipe learns what it should, moves only the networks it should, and resumes bit for bit.
+Tiny networks on real batches of the small world."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.trainers.conftest import TINY_MODEL
+from tests.trainers.synthetic import SceneRows
+from trainers.conditioning import PromptEncoder
+from trainers.data import Plan, Row, drop_conditions, foreground
+from trainers.loop import Ema, run
+from trainers.model import build_unet, load_vae
+from trainers.recipes.dmd2 import DMD2Recipe, matching_gradient
+from trainers.recipes.refl import ReFLRecipe, hinge_loss
+from trainers.recipes.supervised import SupervisedRecipe
+from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
+
+JOINT = SupervisedSettings(tasks={"generate": 0.5, "edit": 0.5}, datasets=("t2i", "edit"), steps=6, batch=4, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def rows(components):
+    return SceneRows(12, load_vae(components), PromptEncoder.load(components, "post_norm"))
+
+
+def fresh(seed=0):
+    return build_unet(TINY_MODEL, 64, seed)
+
+
+def test_supervised_overfits_a_batch_and_a_frozen_network_does_not(rows):
+    few = SceneRows.__new__(SceneRows)
+    few.__dict__ |= rows.__dict__ | {"by_task": {task: found[:2] for task, found in rows.by_task.items()}}
+    settings = JOINT.model_copy(update={"steps": 60, "learning_rate": 3e-3, "drop_text": 0.0, "warmup_steps": 5})
+    losses = [metrics["loss"] for metrics in _steps(SupervisedRecipe(fresh(), few, settings, (0,)), 60)]
+    assert sum(losses[-10:]) / 10 < 0.7 * sum(losses[:5]) / 5
+    frozen = settings.model_copy(update={"learning_rate": 1e-12})
+    still = [metrics["loss"] for metrics in _steps(SupervisedRecipe(fresh(), few, frozen, (0,)), 30)]
+    assert sum(still[-10:]) / 10 > 0.85 * sum(still[:5]) / 5
+
+
+def test_resume_is_bit_exact_and_a_lost_optimizer_is_noticed(rows, tmp_path):
+    whole = SupervisedRecipe(fresh(), rows, JOINT, (1,))
+    run(whole, steps=6, output=tmp_path / "whole", label="whole")
+    run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=3, output=tmp_path / "parts", label="first half")
+    second = SupervisedRecipe(fresh(seed=9), rows, JOINT, (1,))
+    run(second, steps=6, output=tmp_path / "parts", label="second half")
+    assert all(torch.equal(whole.ema.weights[name], second.ema.weights[name]) for name in whole.ema.weights)
+    assert _equal(whole.unet, second.unet)
+    assert (tmp_path / "whole/metrics.jsonl").read_text() .count("\n") >= 5
+    state = torch.load(tmp_path / "parts/state.pt", weights_only=True)
+    assert state["position"] == 6
+    # Negative control: without the optimizer's moments the second half goes elsewhere.
+    run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=3, output=tmp_path / "lossy", label="first half")
+    lossy = SupervisedRecipe(fresh(), rows, JOINT, (1,))
+    lossy.unet.load_state_dict(torch.load(tmp_path / "lossy/state.pt", weights_only=True)["modules"]["unet"])
+    for index in range(3, 6):
+        lossy.step(index)
+    assert not _equal(whole.unet, lossy.unet)
+
+
+def test_non_finite_loss_stops_with_the_step(rows, tmp_path):
+    recipe = SupervisedRecipe(fresh(), rows, JOINT, (1,))
+    with torch.no_grad():
+        next(recipe.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        run(recipe, steps=2, output=tmp_path, label="broken")
+
+
+def test_plan_counts_tasks_exactly_and_shows_each_row_once_an_epoch(rows):
+    plan = Plan(rows, {"generate": 0.5, "edit": 0.5}, 4, (0,))
+    seen = []
+    for step in range(6):  # 6 batches x 2 rows = 12 rows of each task: one epoch
+        indices, positions = plan.indices(step)
+        tasks = [rows.rows[index].task for index in indices]
+        assert tasks.count("generate") == tasks.count("edit") == 2
+        assert positions == list(range(4 * step, 4 * step + 4))
+        seen += indices
+    assert sorted(seen) == list(range(24))
+    assert plan.indices(6)[0] != plan.indices(0)[0], "a new epoch has an order of its own"
+    with pytest.raises(ValueError, match="exactly"):
+        Plan(rows, {"generate": 0.5, "edit": 0.5}, 5, (0,))
+
+
+def test_drop_out_rates_are_the_settings_and_repeat_on_resume(rows):
+    settings = JOINT.model_copy(update={"drop_text": 0.1, "drop_text_edit": 0.05, "drop_both_edit": 0.05})
+    counts = {"generate": 0, "edit_text": 0, "edit_both": 0}
+    total = 2_000
+    for task in ("generate", "edit"):
+        index = rows.by_task[task][0]
+        batch = rows.batch([index] * total, list(range(total)))
+        dropped = drop_conditions(batch, settings, (7,))
+        again = drop_conditions(batch, settings, (7,))
+        assert torch.equal(dropped.text.states, again.text.states)
+        lengths = dropped.text.mask.sum(1)
+        null = int(batch.null.mask[0].sum())
+        is_null = lengths == null
+        zero = dropped.condition.abs().amax((1, 2, 3)) == 0
+        if task == "generate":
+            counts["generate"] = int(is_null.sum())
+        else:
+            counts["edit_both"] = int(zero.sum())
+            counts["edit_text"] = int((is_null & ~zero).sum())
+            assert not (zero & ~is_null).any(), "the source is never dropped alone: inference never does"
+    for name, share in (("generate", 0.1), ("edit_text", 0.05), ("edit_both", 0.05)):
+        assert abs(counts[name] / total - share) < 3 * (share * (1 - share) / total) ** 0.5
+
+
+def test_foreground_weight_values():
+    def row(cells):
+        return Row("r", "edit", "t", "s", "x", None, bytes([255] * cells + [0] * (64 - cells)))
+
+    assert foreground(row(32), 8).max().item() == pytest.approx(2.0)
+    assert foreground(row(64), 8).unique().tolist() == [1.0]
+    assert foreground(row(16), 8).max().item() == pytest.approx(3.0)
+    assert foreground(row(1), 8, cap=5.0).max().item() == 5.0
+    assert foreground(dataclasses.replace(row(0), edit_mask=None), 8).unique().tolist() == [1.0]
+
+
+def test_ema_matches_its_closed_form():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 0.0)
+    ema, expected = Ema(module, 0.5), 0.0
+    for step in range(1, 6):
+        torch.nn.init.constant_(module.weight, float(step))
+        ema.update(module)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.weights["weight"].item() == pytest.approx(expected, rel=1e-6)
+
+
+class Brightness:
+    """A reward whose truth is plain: mean pixel value."""
+
+    def __init__(self, detach=False):
+        self.detach = detach
+
+    def differentiable(self, images, prompts, sources=None):
+        return (images.detach() if self.detach else images).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_refl_raises_a_known_reward_and_a_detached_one_stays(rows, components, detached):
+    settings = ReFLSettings(
+        steps=16, batch=4, rollout_steps=4, hinge="none", reward_weight=1.0, velocity_weight=0.0, learning_rate=1e-3, sigma_high=1.0
+    )
+    rewards = {task: Brightness(detached) for task in ("generate", "edit")}
+    recipe = ReFLRecipe(fresh(), load_vae(components), rewards, rows, settings, (0,))
+    values = [metrics.get("reward_generate_scaled") for metrics in _steps(recipe, 16)]
+    values = [value for value in values if value is not None]
+    rise = sum(values[-2:]) / 2 - sum(values[:2]) / 2
+    assert (rise > 0.5) != detached
+
+
+def test_refl_velocity_weight_bounds_the_drift(rows, components):
+    drifts = []
+    for weight in (0.0, 30.0):
+        settings = ReFLSettings(
+            steps=10, batch=4, rollout_steps=4, hinge="none", reward_weight=1.0, velocity_weight=weight, learning_rate=1e-3, sigma_high=1.0
+        )
+        rewards = {task: Brightness() for task in ("generate", "edit")}
+        recipe = ReFLRecipe(fresh(), load_vae(components), rewards, rows, settings, (0,))
+        drifts.append(list(_steps(recipe, 10))[-1]["drift"])
+    assert drifts[1] < 0.5 * drifts[0]
+
+
+def test_hinge_sides():
+    reward = torch.tensor([0.0, 3.0])
+    assert hinge_loss(reward, "cap", 1.0)[0].item() == pytest.approx(0.5)
+    assert hinge_loss(reward, "above", 1.0)[0].item() == pytest.approx(-1.0)
+    assert hinge_loss(reward, "cap", 1.0)[1] == 0.5
+
+
+def test_dmd_gradient_points_at_the_teacher_and_the_flipped_sign_away():
+    """Student N(b, 1), teacher N(m, 1): E[g] must move b towards m (here b = 0, m = 2)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 1, 1, 1, generator=generator)
+    t = 0.5
+    noisy = (1 - t) * x + t * torch.randn(x.shape, generator=generator)
+
+    def denoise(mean):
+        variance = (1 - t) ** 2 + t**2
+        return mean + (1 - t) / variance * (noisy - (1 - t) * mean)
+
+    descent = -matching_gradient(x, denoise(2.0), denoise(0.0)).mean().item()
+    assert descent > 0.2
+    assert matching_gradient(x, denoise(0.0), denoise(0.0)).abs().max().item() == 0.0
+
+
+def test_dmd2_moves_student_and_fake_and_nothing_else(rows):
+    settings = DMD2Settings(steps=2, batch=4, fake_steps=2, fake_warmup_steps=0)
+    teacher = fresh()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    recipe = DMD2Recipe(teacher, rows, settings, (0,))
+    metrics = recipe.step(0)
+    assert all(torch.equal(before[name], value) for name, value in recipe.teacher.state_dict().items())
+    assert not _equal(recipe.student, recipe.teacher)
+    assert not _equal(recipe.fake, recipe.teacher)
+    assert not _equal(recipe.fake, recipe.student)
+    assert metrics["gradient_norm"] > 0
+    student = {name: value.clone() for name, value in recipe.student.state_dict().items()}
+    recipe._fake_step(1, 0)
+    assert all(torch.equal(student[name], value) for name, value in recipe.student.state_dict().items())
+
+
+def _steps(recipe, count):
+    for index in range(count):
+        yield recipe.step(index)
+
+
+def _equal(first, second):
+    other = second.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
