@@ -21,18 +21,32 @@ if TYPE_CHECKING:
     from flows.run import Run
 
 app = typer.Typer(
-    name="dreamlite", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich",
+    name="dreamlite",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
     help="From raw images to a quantized on-device model that generates and edits images.\n\n"
     "Start with [bold]dreamlite retrain[/bold]: on a laptop without GPU or network it builds the data, trains every stage of the small "
     "world, exports the model and writes a report. Run it again and it does only what changed.",
 )
 
-Preset = Annotated[str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), paper (0.39 B), or a .yaml file.")]
-LakeFolder = Annotated[Path, typer.Option("--lake", "-l", envvar="DREAMLITE_LAKE", help="Folder of the lake: all data, runs, checkpoints and reports.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override one setting, e.g. --set train.t2i.steps=200. May be repeated.")]
+Preset = Annotated[
+    str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), paper (0.39 B), or a .yaml file.")
+]
+LakeFolder = Annotated[
+    Path, typer.Option("--lake", "-l", envvar="DREAMLITE_LAKE", help="Folder of the lake: all data, runs, checkpoints and reports.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override one setting, e.g. --set train.t2i.steps=200. May be repeated.")
+]
 Until = Annotated[str | None, typer.Option("--until", help="Stop after this step; only what it needs is done.")]
-Engine = Annotated[str | None, typer.Option("--engine", help="prefect: tracked in its UI too. inline: in this process only. Default: exec.engine.")]
-CheckpointName = Annotated[str | None, typer.Option("--checkpoint", "-c", help="A checkpoint id, a stage (its newest), or a folder. Default: the newest.")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="prefect: tracked in its UI too. inline: in this process only. Default: exec.engine.")
+]
+CheckpointName = Annotated[
+    str | None, typer.Option("--checkpoint", "-c", help="A checkpoint id, a stage (its newest), or a folder. Default: the newest.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise; the same seed gives the same image.")]
 DEFAULT_LAKE = Path("lake")
 
@@ -83,9 +97,7 @@ def _open(lake: Path) -> Lake:
 
 
 @app.command()
-def retrain(
-    preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None, engine: Engine = None
-) -> None:
+def retrain(preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None, engine: Engine = None) -> None:
     """Run the whole pipeline: data, six training stages, export, report. Does only what is not done yet."""
     run = _execute("retrain", preset, lake, set_, until, engine)
     if "export" in run.records:
@@ -95,9 +107,7 @@ def retrain(
 
 
 @app.command()
-def refresh(
-    preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None, engine: Engine = None
-) -> None:
+def refresh(preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None, engine: Engine = None) -> None:
     """Bring the curated datasets up to date: read sources, measure what is new, decide, freeze new versions."""
     run = _execute("refresh", preset, lake, set_, until, engine)
     if "curate" in run.records:
@@ -131,7 +141,9 @@ def plan(
     """Check the configuration and show what a run would do and why. Computes nothing, needs no GPU."""
     with clear_errors():
         run = _prepare(flow, preset, lake, set_, until)
-        _print_rows([{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in run.plan()], "table")
+        _print_rows(
+            [{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in run.plan()], "table"
+        )
 
 
 @app.command()
@@ -193,7 +205,7 @@ def generate(
         folder = _find_checkpoint(lake, checkpoint)
         from trainers.stages import generate_images
 
-        _save(generate_images(folder, prompt, seed=seed, steps=steps), output, "generated")
+        _save(generate_images(folder, prompt, seed=seed, **_given(steps=steps)), output, "generated")
 
 
 @app.command()
@@ -216,7 +228,11 @@ def edit(
 
         with Image.open(image) as opened:
             source = opened.convert("RGB")
-        _save(edit_images(folder, [source], [instruction], seed=seed, steps=steps), output, "edited")
+        _save(edit_images(folder, [source], [instruction], seed=seed, **_given(steps=steps)), output, "edited")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _find_checkpoint(lake: Path, name: str | None) -> Path:
@@ -248,7 +264,7 @@ def _save(images: list[Any], folder: Path, stem: str) -> None:
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help="One SELECT over the lake, e.g. \"SELECT * FROM funnel\". DESCRIBE and SHOW TABLES work too.")],
+    sql: Annotated[str, typer.Argument(help='One SELECT over the lake, e.g. "SELECT * FROM funnel". DESCRIBE and SHOW TABLES work too.')],
     lake: LakeFolder = DEFAULT_LAKE,
     format_: Annotated[str, typer.Option("--format", "-f", help="table, csv or json.")] = "table",
 ) -> None:
@@ -336,6 +352,7 @@ def serve(
     preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None,
     nightly: Annotated[str, typer.Option(help="Cron of the nightly refresh.")] = "0 2 * * *",
     weekly: Annotated[str, typer.Option(help="Cron of the weekly retrain.")] = "0 4 * * 6",
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1 of the Prefect server and its UI, where PREFECT_API_URL is not set.")] = 4200,
 ) -> None:  # fmt: skip
     """Keep this machine refreshing nightly and retraining weekly, until stopped (Prefect deployments; UI on its server)."""
     with clear_errors():
@@ -345,9 +362,13 @@ def serve(
         load_config(preset, set_ or [])
         go_offline()
         embed_prefect(lake)
-        from flows.deployments import serve_schedules
+        from flows.server import prefect_server
 
-        serve_schedules(preset, lake, set_ or [], nightly, weekly)
+        with prefect_server(lake.resolve(), port) as api:
+            from flows.deployments import serve_schedules
+
+            say(f"serving refresh-nightly ({nightly}) and retrain-weekly ({weekly}); UI: {api.removesuffix('/api')}; stop with Ctrl-C")
+            serve_schedules(preset, lake, set_ or [], nightly, weekly)
 
 
 if __name__ == "__main__":

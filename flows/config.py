@@ -75,7 +75,9 @@ def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> Pipeline
     """
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
-        raise ConfigError(f"no preset '{preset}': give one of {', '.join(presets())}, or the path of a .yaml file{_did_you_mean(preset, presets())}")
+        raise ConfigError(
+            f"no preset '{preset}': give one of {', '.join(presets())}, or the path of a .yaml file{_did_you_mean(preset, presets())}"
+        )
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -109,7 +111,9 @@ class _Where:
     from_command: dict[str, str]
 
     def of(self, dotted: str) -> str:
-        command = next((text for name, text in self.from_command.items() if f"{dotted}.".startswith(f"{name}.") or name.startswith(f"{dotted}.")), None)
+        command = next(
+            (text for name, text in self.from_command.items() if f"{dotted}.".startswith(f"{name}.") or name.startswith(f"{dotted}.")), None
+        )
         return f"in --set '{command}'" if command else f"in {self.path.name}"
 
 
@@ -169,7 +173,9 @@ def _sentence(item: Any, where: _Where) -> str:
 
 def _did_you_mean(name: str, options: Sequence[str]) -> str:
     last = name.rpartition(".")[2]
-    close = [option for option in options if option.rpartition(".")[2] == last][:3] or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    close = [option for option in options if option.rpartition(".")[2] == last][:3] or difflib.get_close_matches(
+        name, options, n=1, cutoff=0.6
+    )
     return f"; did you mean {' or '.join(repr(option) for option in close)}?" if close else ""
 
 

@@ -88,12 +88,14 @@ def _show(step: Step, record: StepRecord) -> None:
     try:
         if record.metrics:
             create_table_artifact(
-                key=f"{key}-metrics", table=[{"metric": name, "value": value} for name, value in record.metrics.items()],
+                key=f"{key}-metrics",
+                table=[{"metric": name, "value": value} for name, value in record.metrics.items()],
                 description=f"{step.about} ({record.id})",
             )
         files = "\n".join(f"- {name}: `{record.directory / path}`" for name, path in record.outputs.get("paths", {}).items())
         create_markdown_artifact(
-            key=f"{key}-step", markdown=f"# {step.name}\n\n{step.about}\n\n`{record.id}`, {record.seconds:.1f} s\n\n{files}",
+            key=f"{key}-step",
+            markdown=f"# {step.name}\n\n{step.about}\n\n`{record.id}`, {record.seconds:.1f} s\n\n{files}",
         )
     except Exception as error:
         warnings.warn(f"no Prefect artifact for step '{step.name}': {error}", stacklevel=2)
@@ -106,10 +108,12 @@ def serve_schedules(preset: str, lake: Path, overrides: list[str], nightly: str,
     """
     from prefect import serve
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import EntrypointType
 
     parameters = {"preset": preset, "lake": str(lake.resolve()), "overrides": overrides}
+    module = EntrypointType.MODULE_PATH  # found wherever the process was started
     one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     serve(
-        refresh.to_deployment("refresh-nightly", cron=nightly, parameters=parameters, concurrency_limit=one),
-        retrain.to_deployment("retrain-weekly", cron=weekly, parameters=parameters, concurrency_limit=one),
+        refresh.to_deployment("refresh-nightly", cron=nightly, parameters=parameters, concurrency_limit=one, entrypoint_type=module),
+        retrain.to_deployment("retrain-weekly", cron=weekly, parameters=parameters, concurrency_limit=one, entrypoint_type=module),
     )

@@ -14,9 +14,15 @@ from flows.run import Planned, Run
 from flows.step import Step, StepFailed
 
 OFFLINE = {
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false", "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """No download and no report home unless the user's environment says otherwise."""
@@ -72,22 +78,38 @@ def until_step(steps: Sequence[Step], until: str | None) -> list[Step]:
 
 
 def prepare(
-    flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None,
-    say: Callable[[str], None] = print, read_only: bool = False,
+    flow: str,
+    preset: str,
+    lake_root: Path,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    say: Callable[[str], None] = print,
+    read_only: bool = False,
 ) -> Run:
     """Check the config, open the lake and lay out the run. Computes nothing."""
     config = load_config(preset, overrides)
     steps = until_step(build_steps(flow, config), until)
     names = {step.name for step in steps}
     return Run(
-        Lake(lake_root, read_only=read_only), flow, steps, preset=config.preset, config=config.model_dump(mode="json"),
-        gates=[gate for gate in config.gates if {gate.after, gate.compared_to} - {None} <= names], say=say,
+        Lake(lake_root, read_only=read_only),
+        flow,
+        steps,
+        preset=config.preset,
+        config=config.model_dump(mode="json"),
+        gates=[gate for gate in config.gates if {gate.after, gate.compared_to} - {None} <= names],
+        say=say,
     )
 
 
 def execute(
-    flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None,
-    engine: str | None = None, say: Callable[[str], None] = print, warn: Callable[[str], None] = print,
+    flow: str,
+    preset: str,
+    lake_root: Path,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    engine: str | None = None,
+    say: Callable[[str], None] = print,
+    warn: Callable[[str], None] = print,
 ) -> Run:
     """Bring a flow up to date. Starts neither Prefect nor Ray when every step is done.
 
@@ -113,9 +135,7 @@ def execute(
     return run
 
 
-def under_prefect(
-    flow: str, preset: str, lake_root: Path, overrides: Sequence[str], until: str | None, say: Callable[[str], None]
-) -> Run:
+def under_prefect(flow: str, preset: str, lake_root: Path, overrides: Sequence[str], until: str | None, say: Callable[[str], None]) -> Run:
     """Run the flow as a Prefect flow run with one task run per step."""
     embed_prefect(lake_root)
     from flows import deployments

@@ -20,6 +20,14 @@ KEY_SCHEMA = 1
 DATA_SUFFIXES = {".sql", ".json", ".yaml", ".jinja", ".txt", ".safetensors"}
 """Files beside a module that the module reads as data: policies in SQL, prompts, templates, shipped weights."""
 
+PLUMBING = frozenset({
+    "dreamlite_data.lake",        # stores and finds rows; what it hands out is covered by dataset and weight digests
+    "dreamlite_data.query_guard",  # refuses user SQL
+    "dreamlite_data.executors",   # equal bytes on every executor, by test
+    "dreamlite_data.progress",    # prints
+})  # fmt: skip
+"""Modules that move bytes but do not make them: their source is in no key, or a mended log line would retrain every stage."""
+
 EXEC_FIELDS = frozenset({"executor", "workers", "threads", "device", "log_level", "log_every", "progress", "root", "path"})
 """Names of settings that say how and where to run. They can never be part of a key (see `spec_of`)."""
 
@@ -125,7 +133,7 @@ class SourceTree:
         pending = list(modules)
         while pending:
             module = pending.pop()
-            if module in seen:
+            if module in seen or module in PLUMBING:
                 continue
             if self.path(module) is None:
                 raise ValueError(f"no module {module!r} under {self.root}: a step names code that does not exist")
@@ -141,13 +149,22 @@ class SourceTree:
         names = sorted({*self.closure(modules), *alone})
         found = {name: self._module_digest(name) for name in names}
         for name in names:
-            path = self.path(name)
-            if path is None:
-                continue
-            for data in sorted(path.parent.iterdir()):
-                if data.suffix in DATA_SUFFIXES and data.is_file():
-                    found[str(data.relative_to(self.root))] = _data_digest(data)
+            found |= {str(file.relative_to(self.root)): _data_digest(file) for file in self._data_files(name)}
         return found
+
+    def _data_files(self, module: str) -> list[Path]:
+        """Data files beside or below `module` whose name, or at least suffix, the module writes down."""
+        path, tree = self.path(module), self.tree(module)
+        if path is None or tree is None:
+            return []
+        texts = tuple(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        wanted = {suffix for suffix in DATA_SUFFIXES if any(text.endswith(suffix) for text in texts)}
+        if not wanted:
+            return []
+        below = [path.parent]
+        for folder in below:  # grows while it is walked; folders that are packages answer for themselves
+            below += [item for item in folder.iterdir() if item.is_dir() and not (item / "__init__.py").exists()]
+        return sorted(file for folder in below for file in folder.iterdir() if file.is_file() and file.suffix in wanted)
 
     def _module_digest(self, module: str) -> str:
         if module not in self._digests:
@@ -165,7 +182,8 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [
-                item for item in node.body
+                item
+                for item in node.body
                 if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str))
             ]
     return tree

@@ -75,7 +75,9 @@ class Lock:
         """Raise LockLost unless this lock is still ours."""
         owner = read(self.path)
         if owner is None or owner.get("token") != self.token:
-            raise LockLost(f"{self.path.name} was taken over by {owner and owner.get('host')}:{owner and owner.get('pid')}; result not recorded")
+            raise LockLost(
+                f"{self.path.name} was taken over by {owner and owner.get('host')}:{owner and owner.get('pid')}; result not recorded"
+            )
 
     def release(self) -> None:
         self._stop.set()
@@ -102,8 +104,12 @@ def try_acquire(path: Path, **note: Any) -> Lock | None:
             return None
         token = uuid.uuid4().hex
         record = {
-            **note, "pid": os.getpid(), "host": socket.gethostname(), "process_started": _process_started(os.getpid()),
-            "since": time.time(), "token": token,
+            **note,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "process_started": _process_started(os.getpid()),
+            "since": time.time(),
+            "token": token,
         }
         fresh = path.with_name(path.name + "." + token)
         fresh.write_text(json.dumps(record))

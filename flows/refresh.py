@@ -100,10 +100,17 @@ def components_step(config: PipelineConfig) -> Step:
         digests = {part.name: folder_digest(part) for part in sorted(folder.iterdir()) if part.is_dir()}
         # Two consumers, two items: retraining a reward must re-score, but must not re-train the VAE's readers.
         frozen = {name: value for name, value in digests.items() if name != "rewards"}
-        return StepResult(outputs, digests={"rewards": digests["rewards"], "model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest()})
+        return StepResult(
+            outputs, digests={"rewards": digests["rewards"], "model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest()}
+        )
 
     return Step(
-        "components", run, ("trainers.components",), spec=spec_of(settings), alone=("trainers.stages",), seed=config.seed,
+        "components",
+        run,
+        ("trainers.components",),
+        spec=spec_of(settings),
+        alone=("trainers.stages",),
+        seed=config.seed,
         external=(lambda: {"source": folder_digest(Path(settings.source))}) if given else None,
         about="Provide the frozen VAE, text encoder and reward models.",
     )
@@ -124,17 +131,19 @@ def _curate(ctx: StepContext, config: PipelineConfig) -> StepResult:
     versions = _data().curate(ctx.lake, config.refresh, ctx.seed)
     edges = [Edge("dataset", f"{item['name']}@{item['version']}", "step", step_id("curate", ctx.key), "made_by") for item in versions]
     return StepResult(
-        outputs={"datasets": {item["name"]: {"version": item["version"], "rows": item["rows"], "digest": item["digest"]} for item in versions}},
+        outputs={
+            "datasets": {item["name"]: {"version": item["version"], "rows": item["rows"], "digest": item["digest"]} for item in versions}
+        },
         metrics={f"{item['name']}_rows": float(item["rows"]) for item in versions},
         digests={item["name"]: item["digest"] for item in versions},
         lineage=edges,
     )
 
 
-def dataset_versions(ctx: StepContext, names: tuple[str, ...]) -> dict[str, tuple[str, int]]:
-    """{name: (name, version)} of the curated datasets that this run trains on."""
+def dataset_versions(ctx: StepContext, names: tuple[str, ...]) -> dict[str, int]:
+    """{name: version} of the curated datasets that this run trains on."""
     datasets = ctx.inputs["curate"].outputs["datasets"]
-    return {name: (name, datasets[name]["version"]) for name in names}
+    return {name: datasets[name]["version"] for name in names}
 
 
 def folder_digest(folder: Path) -> str:

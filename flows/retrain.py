@@ -18,8 +18,11 @@ RECIPES = {"t2i": "supervised", "edit": "supervised", "joint": "supervised", "sf
 HELDOUT = ("t2i", "edit")
 """Datasets whose held-out split every stage is judged on."""
 
+LOOP = ("trainers.loop", "trainers.data", "trainers.model", "trainers.conditioning")
+"""What every stage trains with."""
+
 DISPATCH = ("trainers.stages",)
-"""Imports every recipe lazily; its own text counts for a stage, the recipes it does not use do not."""
+"""Imports every recipe; its own text counts for a stage, the recipes that the stage does not use do not."""
 
 
 def retrain_steps(config: PipelineConfig) -> list[Step]:
@@ -36,6 +39,7 @@ def retrain_steps(config: PipelineConfig) -> list[Step]:
 def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
     """Train one stage from the checkpoint of `parent`."""
     settings = getattr(config.train, stage)
+    rewarded = stage == "refl"
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.stages import train_stage
@@ -49,7 +53,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
         checkpoint, own_id = ctx.directory / "checkpoint", step_id(stage, ctx.key)
         weights = folder_digest(checkpoint)
         parent_id = ctx.inputs[parent].id if parent else None
-        edges = [Edge("checkpoint", own_id, "dataset", f"{name}@{version}", "trained_on") for name, version in versions.values()]
+        edges = [Edge("checkpoint", own_id, "dataset", f"{name}@{version}", "trained_on") for name, version in versions.items()]
         edges.append(Edge("checkpoint", own_id, "components", ctx.inputs["components"].id, "frozen_parts"))
         edges.append(Edge("checkpoint", own_id, "step", own_id, "made_by"))
         if parent_id:
@@ -63,15 +67,16 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
                 "checkpoints": [{
                     "checkpoint_id": own_id, "stage": stage, "path": str(checkpoint), "step": settings.steps, "parent_id": parent_id,
                     "dataset": name, "dataset_version": version, "digest": weights,
-                } for name, version in versions.values()],
+                } for name, version in versions.items()],
                 "metrics": read_metrics(ctx.directory / "metrics.jsonl"),
             },
         )  # fmt: skip
 
     return Step(
-        stage, run, (f"trainers.recipes.{RECIPES[stage]}", "trainers.model", "trainers.conditioning"), alone=DISPATCH,
+        stage, run, (f"trainers.recipes.{RECIPES[stage]}", *LOOP, *(["dreamlite_data.rewards"] if rewarded else [])), alone=DISPATCH,
         spec={"recipe": spec_of(settings), "model": spec_of(config.model)}, seed=config.seed,
-        inputs=("components", *([f"{parent}:checkpoint"] if parent else []), *(f"curate:{name}" for name in settings.datasets)),
+        inputs=("components:model", *(["components:rewards"] if rewarded else []), *([f"{parent}:checkpoint"] if parent else []),
+                *(f"curate:{name}" for name in settings.datasets)),
         about=f"Train stage '{stage}'" + (f" from the checkpoint of '{parent}'." if parent else " from scratch."),
     )  # fmt: skip
 
@@ -85,13 +90,18 @@ def evaluate_step(config: PipelineConfig, stage: str) -> Step:
         use_threads(config.exec.threads)
         rows = evaluate_checkpoint(
             stage, ctx.inputs[stage].path("checkpoint"), config.evaluate, components=components_folder(ctx), lake=ctx.lake,
-            datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory, seed=ctx.seed,
+            datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory,
         )  # fmt: skip
         files = {path.stem: path for path in sorted(ctx.directory.glob("*")) if path.suffix in (".png", ".json")}
         return StepResult(files, metrics=as_metrics(rows), rows={"evals": [{**row, "stage": stage} for row in rows]})
 
     return Step(
-        f"evaluate_{stage}", run, ("trainers.evaluate",), alone=DISPATCH, spec=spec_of(config.evaluate), seed=config.seed,
+        f"evaluate_{stage}",
+        run,
+        ("trainers.evaluate", "trainers.inference", "trainers.data", "dreamlite_data.rewards"),
+        alone=DISPATCH,
+        spec=spec_of(config.evaluate),
+        seed=config.seed,
         inputs=("components", f"{stage}:checkpoint", *(f"curate:{name}" for name in HELDOUT)),
         about=f"Judge the checkpoint of '{stage}' on held-out prompts and edits.",
     )
@@ -106,7 +116,11 @@ def export_step(config: PipelineConfig) -> Step:
 
         lineage = {"checkpoint": ctx.inputs[stage].id, "step": step_id("export", ctx.key)}
         answer = export_bundle(
-            ctx.inputs[stage].path("checkpoint"), settings, ctx.directory, calibration=calibration_rows(ctx, settings.calibration_rows), lineage=lineage
+            ctx.inputs[stage].path("checkpoint"),
+            settings,
+            ctx.directory,
+            calibration=calibration_rows(ctx, settings.calibration_rows),
+            lineage=lineage,
         )
         artifact_id = answer["artifact_id"]
         return StepResult(
@@ -122,7 +136,11 @@ def export_step(config: PipelineConfig) -> Step:
         )  # fmt: skip
 
     return Step(
-        "export", run, ("trainers.export.bundle",), spec=spec_of(settings), seed=config.seed,
+        "export",
+        run,
+        ("trainers.export.bundle",),
+        spec=spec_of(settings),
+        seed=config.seed,
         inputs=(f"{stage}:checkpoint", *(f"curate:{name}" for name in HELDOUT)),
         about="Export ONNX graphs, quantize, and prove that they compute what torch computes.",
     )
@@ -133,7 +151,7 @@ def calibration_rows(ctx: StepContext, count: int) -> list[dict[str, Any]]:
     from dreamlite_data.dataset import open_dataset, read_images
 
     rows: list[dict[str, Any]] = []
-    for name, version in dataset_versions(ctx, HELDOUT).values():
+    for name, version in dataset_versions(ctx, HELDOUT).items():
         table = open_dataset(ctx.lake, name, version).rows.to_pylist()
         train = sorted((row for row in table if row["split"] == "train"), key=lambda row: row["row_id"])[: 2 * count]
         images = read_images(ctx.lake, [row["source_image_id"] for row in train if row["task"] == "edit"])
@@ -157,7 +175,12 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         return StepResult(metrics=metrics, rows={"evals": evals})
 
     return Step(
-        "evaluate_export", run, ("trainers.export.evaluate",), spec=spec_of(config.export), seed=config.seed, inputs=("export:bundle",),
+        "evaluate_export",
+        run,
+        ("trainers.export.evaluate",),
+        spec=spec_of(config.export),
+        seed=config.seed,
+        inputs=("export:bundle",),
         about="Judge the exported bundle as a phone would run it, in float and in int8.",
     )
 
@@ -197,5 +220,3 @@ def use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-

@@ -50,8 +50,16 @@ class Run:
     """A DAG on its way. Build it, look at `plan()`, then call `start`, `do` for every step in order, and `finish`."""
 
     def __init__(
-        self, lake: Lake, flow: str, steps: Sequence[Step], *, preset: str = "", config: dict[str, Any] | None = None,
-        gates: Sequence[Gate] = (), say: Callable[[str], None] = print, sources: SourceTree | None = None,
+        self,
+        lake: Lake,
+        flow: str,
+        steps: Sequence[Step],
+        *,
+        preset: str = "",
+        config: dict[str, Any] | None = None,
+        gates: Sequence[Gate] = (),
+        say: Callable[[str], None] = print,
+        sources: SourceTree | None = None,
     ) -> None:
         names = [step.name for step in steps]
         for at, step in enumerate(steps):
@@ -106,10 +114,23 @@ class Run:
         mark_crashed(self.lake)
         self._held = lock.try_acquire(self.lake.root / "locks" / f"run-{self.run_id}.lock", run_id=self.run_id)
         self._started = datetime.now(UTC)
-        append_rows(self.lake, {"runs": [{
-            "run_id": self.run_id, "flow": self.flow, "preset": self.preset, "config_json": json.dumps(self.config, sort_keys=True),
-            "git_commit": git_commit(), "started_at": self._started, "ended_at": None, "state": "running",
-        }]})
+        append_rows(
+            self.lake,
+            {
+                "runs": [
+                    {
+                        "run_id": self.run_id,
+                        "flow": self.flow,
+                        "preset": self.preset,
+                        "config_json": json.dumps(self.config, sort_keys=True),
+                        "git_commit": git_commit(),
+                        "started_at": self._started,
+                        "ended_at": None,
+                        "state": "running",
+                    }
+                ]
+            },
+        )
 
     def do(self, step: Step) -> StepRecord:
         """Skip or compute one step, then check the gates that stand after it."""
@@ -128,9 +149,8 @@ class Run:
             def waiting(owner: dict[str, Any]) -> None:
                 self.say(f"{label}: waits for process {owner.get('pid')} on {owner.get('host')}, which is doing this step now")
 
-            record, here = run_step(self.lake, step, parts, inputs, self.run_id, waiting, {"steps": self._skipped} if self._skipped else None)
+            record, here = run_step(self.lake, step, parts, inputs, self.run_id, waiting, self._write_skipped)
             if here:
-                self._skipped = []
                 self.computed.append(step.name)
                 self.say(f"{label}: done in {record.seconds:.1f} s{_short(record.metrics)}")
             else:
@@ -143,17 +163,30 @@ class Run:
     def _skip(self, step: Step, record: StepRecord) -> None:
         self.records[step.name] = record
         now = datetime.now(UTC)
-        self._skipped.append({
-            "run_id": self.run_id, "step": step.name, "key": record.key, "state": "skipped", "started_at": now, "ended_at": now,
-            "seconds": 0.0, "outputs_json": json.dumps({**record.outputs, "directory": str(record.directory), "done_by": record.run_id}),
-            "metrics_json": json.dumps(record.metrics), "key_parts_json": None,
-        })
+        self._skipped.append(
+            {
+                "run_id": self.run_id,
+                "step": step.name,
+                "key": record.key,
+                "state": "skipped",
+                "started_at": now,
+                "ended_at": now,
+                "seconds": 0.0,
+                "outputs_json": json.dumps({**record.outputs, "directory": str(record.directory), "done_by": record.run_id}),
+                "metrics_json": json.dumps(record.metrics),
+                "key_parts_json": None,
+            }
+        )
+
+    def _write_skipped(self) -> None:
+        """Skipped steps go to the lake together, and before a step that may read them (the report)."""
+        skipped, self._skipped = self._skipped, []
+        if skipped:
+            append_rows(self.lake, {"steps": skipped})
 
     def finish(self, state: str, error: BaseException | None = None) -> None:
         """Record how the run ended: 'done', 'failed' or 'stopped'."""
-        if self._skipped:
-            append_rows(self.lake, {"steps": self._skipped})
-            self._skipped = []
+        self._write_skipped()
         _end_run(self.lake, self.run_id, state)
         if self._held is not None:
             self._held.release()
@@ -208,8 +241,12 @@ def git_commit() -> str:
     """Commit of the source with '-dirty' when it was changed, '' outside a git checkout."""
     try:
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent,
-            capture_output=True, text=True, timeout=10, check=True,
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -27,16 +27,22 @@ def overview(lake: Lake, count: int = 5) -> Overview:
     runs = lake.query(
         "SELECT r.run_id, r.preset, r.state, r.started_at, r.ended_at, count(s.step) FILTER (s.state = 'done') AS done, "
         "count(s.step) FILTER (s.state = 'skipped') AS skipped, count(s.step) FILTER (s.state IN ('failed', 'stopped')) AS failed "
-        "FROM runs r LEFT JOIN steps s USING (run_id) GROUP BY ALL ORDER BY r.started_at DESC LIMIT ?", [count]
+        "FROM runs r LEFT JOIN steps s USING (run_id) GROUP BY ALL ORDER BY r.started_at DESC LIMIT ?",
+        [count],
     ).to_pylist()
     rows = [{
         "run": row["run_id"], "preset": row["preset"], "state": _state(lake, row), "started": _time(row["started_at"]),
         "took": _took(row["started_at"], row["ended_at"]), "done": row["done"], "skipped": row["skipped"], "failed": row["failed"],
     } for row in runs]  # fmt: skip
-    steps = lake.query(
-        "SELECT step, state, seconds, key, json_extract_string(outputs_json, '$.error') AS error FROM steps "
-        "WHERE run_id = ? ORDER BY ended_at, step", [runs[0]["run_id"]]
-    ).to_pylist() if runs else []
+    steps = (
+        lake.query(
+            "SELECT step, state, seconds, key, json_extract_string(outputs_json, '$.error') AS error FROM steps "
+            "WHERE run_id = ? ORDER BY ended_at, step",
+            [runs[0]["run_id"]],
+        ).to_pylist()
+        if runs
+        else []
+    )
     return Overview(
         rows,
         [{"step": row["step"], "state": row["state"], "seconds": f"{row['seconds']:.1f}", "key": row["key"][:12], "error": row["error"] or ""}

@@ -179,7 +179,8 @@ def find_done(lake: Lake, step: str | None = None) -> list[StepRecord]:
     where, values = ("WHERE state = 'done' AND step = ?", [step]) if step else ("WHERE state = 'done'", [])
     rows = lake.query(
         "SELECT step, key, run_id, seconds, ended_at, outputs_json, metrics_json, key_parts_json "
-        f"FROM steps {where} ORDER BY ended_at DESC", values
+        f"FROM steps {where} ORDER BY ended_at DESC",
+        values,
     ).to_pylist()
     return [_record(lake, row) for row in rows]
 
@@ -187,21 +188,31 @@ def find_done(lake: Lake, step: str | None = None) -> list[StepRecord]:
 def _record(lake: Lake, row: Mapping[str, Any]) -> StepRecord:
     outputs = json.loads(row["outputs_json"] or "{}")
     return StepRecord(
-        step=row["step"], key=row["key"], run_id=row["run_id"], seconds=row["seconds"] or 0.0,
-        directory=directory_of(lake, row["step"], row["key"]), outputs=outputs,
-        metrics=json.loads(row["metrics_json"] or "{}"), digests=outputs.get("digests", {}),
-        parts=json.loads(row["key_parts_json"] or "{}"), ended_at=row["ended_at"],
+        step=row["step"],
+        key=row["key"],
+        run_id=row["run_id"],
+        seconds=row["seconds"] or 0.0,
+        directory=directory_of(lake, row["step"], row["key"]),
+        outputs=outputs,
+        metrics=json.loads(row["metrics_json"] or "{}"),
+        digests=outputs.get("digests", {}),
+        parts=json.loads(row["key_parts_json"] or "{}"),
+        ended_at=row["ended_at"],
     )
 
 
 def run_step(
-    lake: Lake, step: Step, parts: Mapping[str, Any], inputs: dict[str, StepRecord], run_id: str,
+    lake: Lake,
+    step: Step,
+    parts: Mapping[str, Any],
+    inputs: dict[str, StepRecord],
+    run_id: str,
     on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
-    before: Mapping[str, list[dict[str, Any]]] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[StepRecord, bool]:
     """Do the step, or find that another process has just done it. Returns (record, whether it was computed here).
 
-    `before` are rows that go into the lake first (skipped steps), so that the step sees a complete run.
+    `before` is called right before the work, and not when another process has done it.
     Raises StepFailed after writing a 'failed' row; the directory stays, and the next try goes on from it.
     """
     key = digest(parts)
@@ -216,8 +227,7 @@ def run_step(
         for record in find_done(lake, step.name):
             if record.key == key and record.present():
                 return record, False
-        if before:
-            append_rows(lake, before)
+        before()
         return _compute(lake, step, key, parts, inputs, run_id, held), True
     finally:
         held.release()
@@ -232,8 +242,15 @@ def _compute(
 
     def row(state: str, outputs: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "run_id": run_id, "step": step.name, "key": key, "state": state, "started_at": started, "ended_at": datetime.now(UTC),
-            "seconds": time.monotonic() - clock, "outputs_json": json.dumps(outputs), "metrics_json": json.dumps(metrics),
+            "run_id": run_id,
+            "step": step.name,
+            "key": key,
+            "state": state,
+            "started_at": started,
+            "ended_at": datetime.now(UTC),
+            "seconds": time.monotonic() - clock,
+            "outputs_json": json.dumps(outputs),
+            "metrics_json": json.dumps(metrics),
             "key_parts_json": canonical_json(parts),
         }
 

@@ -17,12 +17,14 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
     (tmp_path / "dreamlite_data/refresh.py").write_text(
-        "from dreamlite_data import middle\n\n\ndef run():\n    from . import late\n    return middle.twice(late.ONE)\n"
+        "from dreamlite_data import middle, lake\n\n\ndef run():\n    from . import late\n    return middle.twice(late.ONE), f'{lake}.sql'\n"
     )
     (tmp_path / "dreamlite_data/middle.py").write_text("from dreamlite_data.deep import double as twice\n")
     (tmp_path / "dreamlite_data/deep.py").write_text('"""Doc."""\n\n\ndef double(x):\n    """Twice."""\n    return 2 * x\n')
     (tmp_path / "dreamlite_data/late.py").write_text("ONE = 1\n")
     (tmp_path / "dreamlite_data/keep.sql").write_text("-- keep the sharp\nSELECT *\nFROM op_quality WHERE sharpness > 1\n")
+    (tmp_path / "dreamlite_data/rules.json").write_text("{}")
+    (tmp_path / "dreamlite_data/lake.py").write_text("RETRIES = 3\n")
     (tmp_path / "trainers/loop.py").write_text("STEPS = 3\n")
     return tmp_path
 
@@ -34,7 +36,11 @@ def key(root: Path, **changes) -> str:
 
 def test_closure_follows_imports_through_helpers_and_functions(tree):
     assert SourceTree(tree).closure(["dreamlite_data.refresh"]) == [
-        "dreamlite_data", "dreamlite_data.deep", "dreamlite_data.late", "dreamlite_data.middle", "dreamlite_data.refresh",
+        "dreamlite_data",
+        "dreamlite_data.deep",
+        "dreamlite_data.late",
+        "dreamlite_data.middle",
+        "dreamlite_data.refresh",
     ]
 
 
@@ -59,10 +65,12 @@ def test_a_change_in_anything_the_step_uses_changes_the_key(tree, file, text):
         ("dreamlite_data/deep.py", '"""Other words."""\n# a comment\ndef double( x ):\n    """Same."""\n\n    return (2 * x)\n'),
         ("dreamlite_data/keep.sql", "-- another remark\nSELECT *   FROM op_quality\nWHERE sharpness > 1\n"),
         ("trainers/loop.py", "STEPS = 4\n"),
+        ("dreamlite_data/lake.py", "RETRIES = 4\n"),
+        ("dreamlite_data/rules.json", "[]"),
         ("dreamlite_data/unused.py", "X = 1\n"),
     ],
 )
-def test_looks_and_strangers_do_not_change_the_key(tree, file, text):
+def test_looks_plumbing_and_strangers_do_not_change_the_key(tree, file, text):
     before = key(tree)
     (tree / file).write_text(text)
     assert key(tree) == before
@@ -82,8 +90,9 @@ def test_naming_code_that_is_not_there_is_refused(tree):
         key(tree, code=("dreamlite_data.nowhere",))
 
 
-@pytest.mark.parametrize("changes", [{"spec": {"a": 2}}, {"spec": {"a": 1, "b": None}}, {"seed": 1}, {"name": "caption"},
-                                     {"external": lambda: {"folder": "x"}}])
+@pytest.mark.parametrize(
+    "changes", [{"spec": {"a": 2}}, {"spec": {"a": 1, "b": None}}, {"seed": 1}, {"name": "caption"}, {"external": lambda: {"folder": "x"}}]
+)
 def test_spec_seed_name_and_outside_content_change_the_key(tree, changes):
     assert key(tree, **changes) != key(tree)
 

@@ -14,7 +14,7 @@ from flows.gates import Gate, GateFailed
 from flows.run import Run, mark_crashed, running_steps
 from flows.step import Edge, Step, StepContext, StepFailed, StepResult
 
-CODE = ("dreamlite_data.progress",)
+CODE = ("dreamlite_data.schema",)
 
 
 class Pipeline:
@@ -183,14 +183,17 @@ def work(ctx):
     return StepResult({"units": ctx.directory / "unit3"})
 
 lake = Lake(sys.argv[1])
-run = Run(lake, "slow", [Step("slow", work, ("dreamlite_data.progress",))], say=lambda line: print(line, flush=True))
+run = Run(lake, "slow", [Step("slow", work, ("dreamlite_data.schema",))], say=lambda line: print(line, flush=True))
 run.run_all()
 """
 
 
 def start(lake, seconds: float) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(lake.root), str(seconds)], stdout=subprocess.PIPE, text=True, env={**os.environ, "DREAMLITE_PROGRESS": "1"}
+        [sys.executable, "-c", SLOW, str(lake.root), str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "DREAMLITE_PROGRESS": "1"},
     )
 
 

@@ -1,0 +1,71 @@
+"""A configuration is right before anything runs, and a wrong one says what, where and how to mend it."""
+
+import pytest
+
+from flows.config import ConfigError, PipelineConfig, load_config, presets, setting_names
+
+
+@pytest.mark.parametrize("name", ["smoke", "mini", "paper"])
+def test_every_shipped_preset_is_valid_and_named(name):
+    assert name in presets()
+    assert load_config(name).preset == name
+
+
+def test_paper_is_the_published_model():
+    paper = load_config("paper")
+    assert (paper.model.preset, paper.model.hidden_state, paper.model.size_px) == ("official", "pre_norm", 1024)
+    assert paper.refresh.executor == "ray" and paper.export.derived_from_release
+
+
+def test_overrides_take_yaml_values_at_any_depth_and_in_lists():
+    config = load_config(
+        "mini", ["train.t2i.steps=7", "train.edit.datasets=[edit, sft]", "refresh.photos.enabled=false", "gates.0.max_drop=0.5"]
+    )
+    assert config.train.t2i.steps == 7
+    assert config.train.edit.datasets == ("edit", "sft")
+    assert config.refresh.photos.enabled is False
+    assert config.gates[0].max_drop == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.t2i.stepz=3", "unknown setting 'train.t2i.stepz' in --set 'train.t2i.stepz=3'; did you mean 'train.t2i.steps'?"),
+        ("fault_share=0", "unknown setting 'fault_share' in --set 'fault_share=0'; did you mean 'refresh.scenes.fault_share'?"),
+        ("train.t2i.steps=-3", "setting 'train.t2i.steps' in --set 'train.t2i.steps=-3': input should be greater than 0, not -3"),
+        ("seed", "--set 'seed' is not of the form name.of.setting=value"),
+        ("seed.x=1", "'seed' is a single value in this preset and has no 'x'"),
+        ("gates.9.max_drop=1", "must be the index of one of 4 list items"),
+        ("gates=[{after: evaluate_nothing, metric: a/b, min: 1}]", "no evaluation step 'evaluate_nothing'"),
+        ("gates=[{after: evaluate_t2i, metric: a/b, compared_to: evaluate_sft, max_drop: 1}]", "'evaluate_sft' must come before"),
+        ("gates=[{after: evaluate_t2i, metric: a/b}]", "a gate needs 'min'"),
+        ("train.t2i.tasks.generate=0.5", "must sum to 1"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_saying_where(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config("mini", [override])
+    assert sentence in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_wrong_key_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: mine\nsead: 1\n")
+    with pytest.raises(ConfigError, match="unknown setting 'sead' in mine.yaml; did you mean 'seed'"):
+        load_config(str(file))
+
+
+def test_broken_yaml_and_unknown_preset_are_said_plainly(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("a: [1,\n")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(str(file))
+    with pytest.raises(ConfigError, match="no preset 'mini2'.*did you mean 'mini'"):
+        load_config("mini2")
+
+
+def test_setting_names_are_the_ones_that_set_takes():
+    names = set(setting_names())
+    assert {"seed", "refresh.scenes.t2i_rows", "train.dmd2.steps", "exec.engine"} <= names
+    assert set(PipelineConfig.model_fields) <= names
