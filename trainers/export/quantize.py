@@ -16,8 +16,8 @@ from trainers.export.graphs import save_clean
 from trainers.export.settings import ExportSettings
 
 SESSION_OPTIONS = {"session.x64quantprecision": "1"}
-"""U8 activations times S8 weights saturate in AVX2's 16-bit adds (microsoft/onnxruntime#6004): seen 11 dB instead of
-26 dB. This option takes the exact kernels; it is ignored where it is not needed."""
+"""U8 activations times S8 weights saturate in AVX2's 16-bit adds (microsoft/onnxruntime#6004): latents of the small
+world's UNet came out at 37 dB instead of 54 dB. This option takes the exact kernels; elsewhere it changes nothing."""
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 

@@ -34,7 +34,7 @@ class ExportSettings(StrictSettings):
     calibration_method: Literal["minmax", "percentile"] = "minmax"
     calibration_percentile: float = Field(99.99, gt=50, le=100)
     float_layers: tuple[str, ...] = Field(
-        ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj"),
+        ("conv_in", "conv_out", "time_embedding", "add_embedding"),
         description="UNet layers whose path contains one of these stay float in the int8 graph.",
     )
     parity_rows: int = Field(4, ge=1, description="Rows per task of the parity report; also the bundle's samples.")

@@ -120,7 +120,8 @@ def test_verify_names_what_is_bad(bundle: Path, tmp_path: Path, damage: Any, nam
 
 @pytest.mark.parametrize(
     ("key", "value", "names"),
-    [("hidden_state", "middle", "hidden_state"), ("encoder_image_px", 128, "encoder_image_px"), ("size_px", 60, "size_px")],
+    [("hidden_state", "middle", "hidden_state"), ("encoder_image_px", 128, "encoder_image_px"), ("size_px", 60, "size_px"),
+     ("distilled_steps", None, "never distilled"), ("distilled_steps", 8, "distilled for 8 steps")],
 )
 def test_contradicting_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, small_export: tuple, key: str, value: Any, names: str) -> None:
     settings, rows = small_export
@@ -153,5 +154,5 @@ def test_release_licence_is_inherited() -> None:
 
 
 def test_unknown_setting_is_refused() -> None:
-    with pytest.raises(ValueError, match="sequence_length"):
-        ExportSettings(sequence_length=3)
+    with pytest.raises(ValueError, match="did you mean 'sequence_tokens'"):
+        ExportSettings(sequence_token=3)

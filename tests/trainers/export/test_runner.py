@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamlite_data import scenes
+from trainers.evaluate import draw_questions
 from trainers.export.evaluate import evaluate_bundle
 from trainers.export.runner import Runner
 
@@ -87,21 +89,33 @@ def test_wrong_calls_are_one_sentence(bundle: Path, tmp_path: Path) -> None:
     assert Runner(bundle).generate([], []).shape == (0, 64, 64, 3)
 
 
-def test_evaluation_counts_and_is_paired(bundle: Path, small_export: tuple) -> None:
-    """Random weights read as no scene; drawing the target itself in place of the model scores 1."""
-    rows = {(row["task"], row["metric"]): row for row in evaluate_bundle(bundle, small_export[0], "fp32", seed=1)}
-    assert rows["generate", "generate_exact"] | {"n": 8, "value": 0.0} == rows["generate", "generate_exact"]
-    kinds = [row for (task, metric), row in rows.items() if metric.startswith("edit_exact_")]
-    assert sum(row["n"] for row in kinds) == rows["edit", "edit_exact"]["n"] == 8
-    assert rows["edit", "seconds_per_image"]["value"] > 0
+def test_without_its_encoder_a_bundle_takes_hidden_states(bundle: Path) -> None:
+    """A bundle whose encoder stays outside says so, and edits with states from elsewhere just the same."""
+    image, whole, bare = np.zeros((64, 64, 3), np.uint8), Runner(bundle), Runner(bundle)
+    bare.manifest["graphs"].pop("edit_encoder")
+    with pytest.raises(ValueError, match="hidden_states="):
+        bare.edit([image], ["make it blue"], [3])
+    states = whole.encode_edits([image], ["make it blue"])
+    assert np.array_equal(bare.edit([image], [""], [3], hidden_states=states), whole.edit([image], ["make it blue"], [3]))
+
+
+def test_evaluation_counts_and_is_repeatable(bundle: Path, small_export: tuple, tmp_path: Path) -> None:
+    """Random weights read as no scene; groups add up to the whole; equal seeds give equal scores."""
+    answer = evaluate_bundle(bundle, small_export[0], "fp32", seed=1, output=tmp_path)
+    rows = {row["metric"]: row for row in answer if row["metric"] != "seconds_per_image"}
+    assert rows["generate_exact"]["value"] == 0.0
+    for task in ("generate", "edit"):
+        groups = [row["n"] for name, row in rows.items() if name.startswith(f"{task}_exact_")]
+        assert sum(groups) == rows[f"{task}_exact"]["n"] == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"grid_generate_fp32.png", "grid_edit_fp32.png"}
+    again = evaluate_bundle(bundle, small_export[0], "fp32", seed=1)
+    assert rows == {row["metric"]: row for row in again if row["metric"] != "seconds_per_image"}
 
 
 def test_perfect_model_scores_one(bundle: Path, small_export: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamlite_data import scenes
-
-    def draw(_self: Runner, prompts: list[str], _seeds: list[int]) -> np.ndarray:
-        return np.stack([scenes.render(scenes.parse_caption(prompt)) for prompt in prompts])
-
-    monkeypatch.setattr(Runner, "generate", draw)
+    """Drawing the truth in place of the model gives 1, so a 0 is the model's and not the grader's."""
+    asked = draw_questions(8, small_export[0].evaluate_seed)
+    monkeypatch.setattr(Runner, "generate", lambda *_: np.stack([scenes.render(scene) for scene in asked.wanted]))
+    monkeypatch.setattr(Runner, "edit", lambda *_: np.stack([scenes.render(scene) for scene in asked.targets]))
     rows = evaluate_bundle(bundle, small_export[0], "fp32", seed=1)
-    assert rows[0]["metric"] == "generate_exact" and rows[0]["value"] == 1.0
+    assert all(row["value"] == 1.0 for row in rows if "exact" in row["metric"])
