@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,7 @@ def clear_errors() -> Iterator[None]:
         _fail(str(error), 1)
     except StepFailed as error:
         if os.environ.get("DREAMLITE_TRACEBACK"):
-            raise
+            traceback.print_exception(error.__cause__)
         _fail(f"{error}\nIts files are in {error.directory}. Run the same command again to go on from there; "
               "DREAMLITE_TRACEBACK=1 shows where in the code it happened.", 1)  # fmt: skip
     except KeyboardInterrupt:
@@ -140,10 +141,10 @@ def plan(
 ) -> None:  # fmt: skip
     """Check the configuration and show what a run would do and why. Computes nothing, needs no GPU."""
     with clear_errors():
-        run = _prepare(flow, preset, lake, set_, until)
-        _print_rows(
-            [{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in run.plan()], "table"
-        )
+        from flows.engine import look_ahead
+
+        planned, _ = look_ahead(flow, preset, lake, set_ or [], until)
+        _print_rows([{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in planned], "table")
 
 
 @app.command()
@@ -152,18 +153,18 @@ def explain(
     preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None,
 ) -> None:  # fmt: skip
     """Say why a step would run again: which setting, input or source file differs from its nearest earlier result."""
-    from flows.run import explain as explain_parts
-    from flows.step import find_done
-
     with clear_errors():
-        run = _prepare("retrain", preset, lake, set_, None)
-        planned = next((item for item in run.plan() if item.step.name == step), None)
+        from flows.engine import look_ahead
+        from flows.run import explain as explain_parts
+
+        plan_, done = look_ahead("retrain", preset, lake, set_ or [])
+        planned = next((item for item in plan_ if item.step.name == step), None)
         if planned is None:
-            _fail(f"no step '{step}': there are {', '.join(item.name for item in run.steps)}", 2)
+            _fail(f"no step '{step}': there are {', '.join(item.step.name for item in plan_)}", 2)
         if planned.state != "to do":
             say(f"{step}: {planned.state}, {planned.why}")
             return
-        sentence, changes = explain_parts(step, planned.parts, find_done(run.lake, step))
+        sentence, changes = explain_parts(step, planned.parts, done)
         say(f"{step}: {sentence}")
         _print_rows([{"part": name, "before": _brief(old), "now": _brief(new)} for name, old, new in changes], "table")
 
@@ -171,13 +172,6 @@ def explain(
 def _brief(value: Any) -> str:
     text = "absent" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _prepare(flow: str, preset: str, lake: Path, overrides: list[str] | None, until: str | None) -> Run:
-    from flows.engine import go_offline, prepare
-
-    go_offline()
-    return prepare(flow, preset, lake, overrides or [], until, say)
 
 
 def _execute(flow: str, preset: str, lake: Path, overrides: list[str] | None, until: str | None, engine: str | None) -> Run:

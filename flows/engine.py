@@ -10,8 +10,9 @@ from pathlib import Path
 from dreamlite_data.lake import Lake
 from flows.config import PipelineConfig, load_config
 from flows.gates import GateFailed
-from flows.run import Planned, Run
-from flows.step import Step, StepFailed
+from flows.key import SourceTree
+from flows.run import Planned, Run, make_plan
+from flows.step import Step, StepFailed, StepRecord, find_done
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -24,6 +25,9 @@ OFFLINE = {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
 }
 """No download and no report home unless the user's environment says otherwise."""
 
@@ -84,14 +88,13 @@ def prepare(
     overrides: Sequence[str] = (),
     until: str | None = None,
     say: Callable[[str], None] = print,
-    read_only: bool = False,
 ) -> Run:
     """Check the config, open the lake and lay out the run. Computes nothing."""
     config = load_config(preset, overrides)
     steps = until_step(build_steps(flow, config), until)
     names = {step.name for step in steps}
     return Run(
-        Lake(lake_root, read_only=read_only),
+        Lake(lake_root),
         flow,
         steps,
         preset=config.preset,
@@ -99,6 +102,18 @@ def prepare(
         gates=[gate for gate in config.gates if {gate.after, gate.compared_to} - {None} <= names],
         say=say,
     )
+
+
+def look_ahead(
+    flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None
+) -> tuple[list[Planned], list[StepRecord]]:
+    """(plan, finished steps) of a flow, without writing anything: a lake that is not there yet stays so."""
+    steps = until_step(build_steps(flow, load_config(preset, overrides)), until)
+    done: list[StepRecord] = []
+    if (lake_root / "catalog.sqlite").exists():
+        with Lake(lake_root, read_only=True) as lake:
+            done = find_done(lake)
+    return make_plan(steps, done, SourceTree()), done
 
 
 def execute(

@@ -21,7 +21,7 @@ DATA_SUFFIXES = {".sql", ".json", ".yaml", ".jinja", ".txt", ".safetensors"}
 """Files beside a module that the module reads as data: policies in SQL, prompts, templates, shipped weights."""
 
 PLUMBING = frozenset({
-    "dreamlite_data.lake",        # stores and finds rows; what it hands out is covered by dataset and weight digests
+    "dreamlite_data.lake",        # stores and finds rows; refresh steps, which read its views, name it themselves
     "dreamlite_data.query_guard",  # refuses user SQL
     "dreamlite_data.executors",   # equal bytes on every executor, by test
     "dreamlite_data.progress",    # prints
@@ -191,8 +191,8 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 def _data_digest(path: Path) -> str:
     data = path.read_bytes()
-    if path.suffix == ".sql":  # layout and full-line comments of a policy decide nothing
-        lines = [line for line in data.decode().splitlines() if not line.lstrip().startswith("--")]
+    if path.suffix == ".sql":  # layout and full-line comments decide nothing; '-- @rule' and its like do
+        lines = [line for line in data.decode().splitlines() if not re.match(r"\s*--(?!\s*@)", line)]
         data = " ".join(" ".join(lines).split()).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import trainers
+from dreamlite_data.settings import RefreshSettings
 from flows.config import PipelineConfig
 from flows.key import spec_of
 from flows.step import Edge, Step, StepContext, StepResult, step_id
@@ -21,46 +23,76 @@ MEASURES = {
 
 REWARDS = ("generate", "edit")
 
+VIEWS = ("dreamlite_data.lake",)
+"""Brings views.sql into a key: what a measurement or a policy reads is defined there."""
+
 
 def refresh_steps(config: PipelineConfig) -> list[Step]:
     """components, sources, ingest, quality, caption, verify, score, curate, in that order."""
-    settings = config.refresh
+    settings, policy = config.refresh, config.refresh.policy
+    code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
-    measured = {"ingest": spec_of(settings.ingest), "sources": sources}
-    steps = [
+    extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
+    return [
         components_step(config),
         Step(
-            "sources", _counts(lambda ctx: _data().write_sources(ctx.lake, settings, ctx.seed)), ("dreamlite_data.refresh",),
-            spec=sources, seed=config.seed, about="Write the small world as WebDataset shards and export the sample photos.",
+            "sources",
+            _counts(lambda ctx: _data().write_sources(ctx.lake, settings, ctx.seed)),
+            code,
+            spec=sources,
+            seed=config.seed,
+            about="Write the small world as WebDataset shards and export the sample photos.",
         ),
         Step(
-            "ingest", _counts(lambda ctx: _data().ingest(ctx.lake, settings, _executor(config))), ("dreamlite_data.refresh",),
-            spec=measured, inputs=("sources",), external=lambda: {source.name: folder_digest(source.path) for source in settings.extra_sources},
+            "ingest",
+            _counts(lambda ctx: _with_executor(settings, lambda executor: _data().ingest(ctx.lake, settings, executor))),
+            code,
+            spec={"ingest": spec_of(settings.ingest), "extra_sources": extra},
+            inputs=("sources",),
+            external=lambda: {source.name: folder_digest(source.path) for source in settings.extra_sources},
+            alone=VIEWS,
             about="Read every source once, each bad record with its reason.",
         ),
-    ]  # fmt: skip
-    before = "ingest"
-    abouts = {
-        "quality": "Measure sharpness, contrast and near-duplicates.",
-        "caption": "Caption images and make edit triplets.",
-        "verify": "Check captions and edits against the pixels.",
-    }
-    for name, operators in MEASURES.items():
-        steps.append(Step(
-            name, _counts(lambda ctx, names=operators: _data().measure(ctx.lake, settings, _executor(config), list(names))),
-            ("dreamlite_data.refresh",), spec={"operators": list(operators)}, inputs=(before,), about=abouts[name],
-        ))  # fmt: skip
-        before = name
-    steps.append(Step(
-        "score", _counts(lambda ctx: _data().score(ctx.lake, settings, _executor(config), reward_folders(ctx))),
-        ("dreamlite_data.refresh", "dreamlite_data.rewards"), inputs=("verify", "components:rewards"),
-        about="Score every image and edit with the reward models.",
-    ))  # fmt: skip
-    steps.append(Step(
-        "curate", lambda ctx: _curate(ctx, config), ("dreamlite_data.refresh",), spec={"policy": spec_of(settings.policy)},
-        inputs=("score",), seed=config.seed, about="Decide in SQL which rows are in, and freeze dataset versions.",
-    ))  # fmt: skip
-    return steps
+        _measure_step(config, "quality", "ingest", {}, "Measure sharpness, contrast and near-duplicates."),
+        _measure_step(
+            config, "caption", "quality", {"min_side_px": policy.min_side_px}, "Caption images and make edit triplets of photos."
+        ),
+        _measure_step(config, "verify", "caption", {}, "Check captions and edits against the pixels."),
+        Step(
+            "score",
+            _counts(
+                lambda ctx: _with_executor(settings, lambda executor: _data().score(ctx.lake, settings, executor, reward_folders(ctx)))
+            ),
+            (*code, "dreamlite_data.rewards"),
+            spec={"require_scene_language": policy.require_scene_language},
+            inputs=("verify", "components:rewards"),
+            alone=VIEWS,
+            about="Score every caption and edit that passed with the reward models.",
+        ),
+        Step(
+            "curate",
+            lambda ctx: _curate(ctx, config),
+            code,
+            spec={"policy": spec_of(policy)},
+            inputs=("score",),
+            seed=config.seed,
+            alone=VIEWS,
+            about="Decide in SQL which rows are in, and freeze dataset versions.",
+        ),
+    ]
+
+
+def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str) -> Step:
+    settings, operators = config.refresh, MEASURES[name]
+    return Step(
+        name,
+        _counts(lambda ctx: _with_executor(settings, lambda executor: _data().measure(ctx.lake, settings, executor, operators))),
+        ("dreamlite_data.refresh",),
+        spec={"operators": operators, **spec},
+        inputs=(before,),
+        alone=VIEWS,
+        about=about,
+    )
 
 
 def _data() -> Any:
@@ -69,20 +101,25 @@ def _data() -> Any:
     return refresh
 
 
-def _executor(config: PipelineConfig) -> Any:
+def _with_executor(settings: RefreshSettings, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Do `work` on the executor of the settings. Local processes end with the step; a Ray head serves the steps that follow."""
     from dreamlite_data import executors
 
-    return executors.from_settings(config.refresh)
+    executor = executors.from_settings(settings)
+    try:
+        return work(executor)
+    finally:
+        if executor.name == "local":
+            executor.close()
 
 
 def _counts(work: Callable[[StepContext], dict[str, Any]]) -> Callable[[StepContext], StepResult]:
     """A step whose result is in the lake's tables; the numbers that `work` returns are its metrics."""
 
     def run(ctx: StepContext) -> StepResult:
-        answer = work(ctx) or {}
+        answer = work(ctx)
         numbers = {name: value for name, value in answer.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-        return StepResult(outputs={"answer": {name: str(value) if isinstance(value, Path) else value for name, value in answer.items()}},
-                          metrics=numbers)  # fmt: skip
+        return StepResult(outputs={"answer": answer}, metrics=numbers)
 
     return run
 
@@ -90,7 +127,8 @@ def _counts(work: Callable[[StepContext], dict[str, Any]]) -> Callable[[StepCont
 def components_step(config: PipelineConfig) -> Step:
     """The frozen VAE, text encoder, tokenizer and reward models, packaged, given or trained here."""
     settings = config.components
-    given = settings.source not in ("packaged", "train")
+    # The packaged parts' folder by path: importing trainers.components.build would load torch to make a plan.
+    given = Path(trainers.__file__).parent / "components" / "small_world" if settings.source == "packaged" else Path(settings.source)
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.stages import build_components
@@ -107,11 +145,11 @@ def components_step(config: PipelineConfig) -> Step:
     return Step(
         "components",
         run,
-        ("trainers.components",),
+        ("trainers.components.build",),
         spec=spec_of(settings),
         alone=("trainers.stages",),
         seed=config.seed,
-        external=(lambda: {"source": folder_digest(Path(settings.source))}) if given else None,
+        external=None if settings.source == "train" else lambda: {"source": folder_digest(given)},
         about="Provide the frozen VAE, text encoder and reward models.",
     )
 

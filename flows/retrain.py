@@ -32,8 +32,8 @@ def retrain_steps(config: PipelineConfig) -> list[Step]:
     for stage in STAGES:
         steps += [train_step(config, stage, parent), evaluate_step(config, stage)]
         parent = stage
-    steps += [export_step(config), evaluate_export_step(config), report_step(steps)]
-    return steps
+    steps += [export_step(config), evaluate_export_step(config)]
+    return [*steps, report_step(steps)]
 
 
 def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
@@ -64,10 +64,18 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
             digests={"checkpoint": weights},
             lineage=edges,
             rows={
-                "checkpoints": [{
-                    "checkpoint_id": own_id, "stage": stage, "path": str(checkpoint), "step": settings.steps, "parent_id": parent_id,
-                    "dataset": name, "dataset_version": version, "digest": weights,
-                } for name, version in versions.items()],
+                "checkpoints": [
+                    {
+                        "checkpoint_id": own_id,
+                        "stage": stage,
+                        "path": str(checkpoint),
+                        "step": settings.steps,
+                        "parent_id": parent_id,
+                        "dataset": ",".join(versions),  # one row a checkpoint; the lineage has an edge to each dataset
+                        "dataset_version": ",".join(str(version) for version in versions.values()),
+                        "digest": weights,
+                    }
+                ],
                 "metrics": read_metrics(ctx.directory / "metrics.jsonl"),
             },
         )  # fmt: skip

@@ -16,7 +16,7 @@ from dreamlite_data.lake import Lake
 from flows import lock
 from flows.gates import Gate, check_gates
 from flows.key import SourceTree, difference, digest
-from flows.step import Step, StepRecord, append_rows, directory_of, find_done, run_step
+from flows.step import Step, StepRecord, append_rows, find_done, run_step
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,23 @@ def explain(step: str, parts: dict[str, Any], earlier: Iterable[StepRecord]) -> 
         return f"done by run {record.run_id}, but files are missing in {record.directory}", []
     names = ", ".join(name for name, _, _ in changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
     return f"changed since {record.id}: {names}", changes
+
+
+def make_plan(steps: Sequence[Step], done: Sequence[StepRecord], sources: SourceTree) -> list[Planned]:
+    """What a run of `steps` would do in a lake where `done` (newest first) is finished."""
+    by_key = {(record.step, record.key): record for record in reversed(done) if record.present()}
+    planned: dict[str, Planned] = {}
+    for step in steps:
+        inputs = {name: planned[name].record for name in step.parents}
+        if waiting := [name for name, record in inputs.items() if record is None]:
+            planned[step.name] = Planned(step, "waits", None, None, "needs " + ", ".join(waiting))
+            continue
+        parts = step.parts(inputs, sources)
+        key = digest(parts)
+        record = by_key.get((step.name, key))
+        why = f"done by {record.run_id}" if record else explain(step.name, parts, done)[0]
+        planned[step.name] = Planned(step, "done" if record else "to do", key, record, why, parts)
+    return list(planned.values())
 
 
 class Run:
@@ -79,20 +96,7 @@ class Run:
 
     def plan(self) -> list[Planned]:
         """What a run would do now, in order. Reads the lake once and computes nothing."""
-        done = find_done(self.lake)
-        by_key = {(record.step, record.key): record for record in reversed(done) if record.present()}
-        planned: dict[str, Planned] = {}
-        for step in self.steps:
-            inputs = {name: planned[name].record for name in step.parents}
-            if waiting := [name for name, record in inputs.items() if record is None]:
-                planned[step.name] = Planned(step, "waits", None, None, "needs " + ", ".join(waiting))
-                continue
-            parts = step.parts(inputs, self.sources)
-            key = digest(parts)
-            record = by_key.get((step.name, key))
-            why = f"done by {record.run_id}" if record else explain(step.name, parts, done)[0]
-            planned[step.name] = Planned(step, "done" if record else "to do", key, record, why, parts)
-        return list(planned.values())
+        return make_plan(self.steps, find_done(self.lake), self.sources)
 
     def take_done(self, plan: Sequence[Planned]) -> None:
         """Accept a plan in which every step is done: gates are checked, the run is recorded, nothing is started."""
@@ -138,12 +142,13 @@ class Run:
         parts = step.parts(inputs, self.sources)
         key = digest(parts)
         label = f"[{self.steps.index(step) + 1:>2}/{len(self.steps)}] {step.name}"
-        record = next((item for item in find_done(self.lake, step.name) if item.key == key and item.present()), None)
+        done = find_done(self.lake, step.name)
+        record = next((item for item in done if item.key == key and item.present()), None)
         if record is not None:
             self._skip(step, record)
             self.say(f"{label}: skipped, done by {record.run_id}")
         else:
-            why, _ = explain(step.name, parts, find_done(self.lake, step.name))
+            why, _ = explain(step.name, parts, done)
             self.say(f"{label}: {why}" if why != "never done in this lake" else f"{label} ...")
 
             def waiting(owner: dict[str, Any]) -> None:
@@ -250,6 +255,3 @@ def git_commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-__all__ = ["Planned", "Run", "directory_of", "explain", "git_commit", "mark_crashed", "running_steps"]

@@ -125,7 +125,8 @@ class Step:
     """One node of the DAG.
 
     name: as in the DAG; also the folder of its outputs.
-    run: the work.
+    run: the work: glue around the functions in `code`. Its own text is in no key; whoever changes what it passes on
+        raises `flows.key.KEY_SCHEMA`.
     spec: JSON values that can change the result (never paths, workers, threads: see `flows.key.spec_of`).
     inputs: names of earlier steps, or 'step:item' to depend on one output of it only.
     code: modules whose source, with all they import within the project, is part of the key.
@@ -258,6 +259,15 @@ def _compute(
         result = step.run(StepContext(lake, directory, inputs, step.seed, key, run_id))
         outputs = _outputs(step, directory, result)
         held.check()
+        done = row("done", outputs, result.metrics)
+        edges = [*result.lineage, *(Edge("step", step_id(step.name, key), "step", inputs[name].id, "input") for name in step.parents)]
+        rows = {
+            **{table: [{"run_id": run_id, "step": step.name, **item} for item in items] for table, items in result.rows.items()},
+            "lineage": [vars(edge) for edge in edges],
+            "steps": [done],
+        }
+        append_rows(lake, {table: items for table, items in rows.items() if items})
+        return _record(lake, done)
     except (Exception, KeyboardInterrupt) as error:
         state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         outputs = {"directory": str(directory), "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
@@ -265,15 +275,6 @@ def _compute(
         if isinstance(error, KeyboardInterrupt):
             raise
         raise StepFailed(step.name, directory, error) from error
-    done = row("done", outputs, result.metrics)
-    edges = [*result.lineage, *(Edge("step", step_id(step.name, key), "step", inputs[name].id, "input") for name in step.parents)]
-    rows = {
-        **{table: [{"run_id": run_id, "step": step.name, **item} for item in items] for table, items in result.rows.items()},
-        "lineage": [vars(edge) for edge in edges],
-        "steps": [done],
-    }
-    append_rows(lake, {table: items for table, items in rows.items() if items})
-    return _record(lake, done)
 
 
 def _outputs(step: Step, directory: Path, result: StepResult) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "dreamlite_data/middle.py").write_text("from dreamlite_data.deep import double as twice\n")
     (tmp_path / "dreamlite_data/deep.py").write_text('"""Doc."""\n\n\ndef double(x):\n    """Twice."""\n    return 2 * x\n')
     (tmp_path / "dreamlite_data/late.py").write_text("ONE = 1\n")
-    (tmp_path / "dreamlite_data/keep.sql").write_text("-- keep the sharp\nSELECT *\nFROM op_quality WHERE sharpness > 1\n")
+    (tmp_path / "dreamlite_data/keep.sql").write_text("-- keep the sharp\n-- @rule sharp margin\nSELECT *\nFROM op_quality WHERE sharpness > 1\n")
     (tmp_path / "dreamlite_data/rules.json").write_text("{}")
     (tmp_path / "dreamlite_data/lake.py").write_text("RETRIES = 3\n")
     (tmp_path / "trainers/loop.py").write_text("STEPS = 3\n")
@@ -50,7 +50,8 @@ def test_closure_follows_imports_through_helpers_and_functions(tree):
         ("dreamlite_data/deep.py", "def double(x):\n    return 3 * x\n"),
         ("dreamlite_data/late.py", "ONE = 2\n"),
         ("dreamlite_data/__init__.py", "FLAG = True\n"),
-        ("dreamlite_data/keep.sql", "SELECT * FROM op_quality WHERE sharpness > 2\n"),
+        ("dreamlite_data/keep.sql", "-- @rule sharp margin\nSELECT * FROM op_quality WHERE sharpness > 2\n"),
+        ("dreamlite_data/keep.sql", "-- @rule sharp\nSELECT * FROM op_quality WHERE sharpness > 1\n"),
     ],
 )
 def test_a_change_in_anything_the_step_uses_changes_the_key(tree, file, text):
@@ -63,7 +64,7 @@ def test_a_change_in_anything_the_step_uses_changes_the_key(tree, file, text):
     ("file", "text"),
     [
         ("dreamlite_data/deep.py", '"""Other words."""\n# a comment\ndef double( x ):\n    """Same."""\n\n    return (2 * x)\n'),
-        ("dreamlite_data/keep.sql", "-- another remark\nSELECT *   FROM op_quality\nWHERE sharpness > 1\n"),
+        ("dreamlite_data/keep.sql", "-- another remark\n-- @rule sharp margin\nSELECT *   FROM op_quality\nWHERE sharpness > 1\n"),
         ("trainers/loop.py", "STEPS = 4\n"),
         ("dreamlite_data/lake.py", "RETRIES = 4\n"),
         ("dreamlite_data/rules.json", "[]"),
@@ -142,3 +143,27 @@ def test_canonical_json_refuses_what_has_no_stable_text():
         canonical_json({"a": float("nan")})
     with pytest.raises(TypeError, match="plain JSON"):
         canonical_json({"a": object()})
+
+
+def code_of(step_name: str) -> set[str]:
+    """What the real step's key sees of the real source tree."""
+    from flows.config import load_config
+    from flows.retrain import retrain_steps
+
+    step = next(step for step in retrain_steps(load_config("smoke")) if step.name == step_name)
+    return set(SourceTree().digests(step.code, step.alone))
+
+
+def test_the_real_keys_see_policies_views_and_prompts():
+    assert {"dreamlite_data/policies/t2i.sql", "dreamlite_data/views.sql", "dreamlite_data.policies.curate"} <= code_of("curate")
+    assert "dreamlite_data/rewards/data/hpsv3.json" in code_of("score")
+
+
+def test_a_recipe_is_in_the_key_of_its_stages_only():
+    assert "trainers.recipes.dmd2" in code_of("dmd2")
+    for stage in ("t2i", "edit", "joint", "sft"):
+        seen = code_of(stage)
+        assert "trainers.recipes.supervised" in seen and "trainers.loop" in seen
+        assert not {"trainers.recipes.dmd2", "trainers.recipes.refl", "dreamlite_data.policies.curate"} & seen
+    assert "dreamlite_data.rewards.model" in code_of("refl")
+    assert "trainers.export.runner" in code_of("evaluate_export")
