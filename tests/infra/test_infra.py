@@ -197,3 +197,22 @@ def test_every_command_in_the_readmes_exists():
             known = {option for parameter in commands[line[0]].params for option in parameter.opts}
             for option in re.findall(r"(?<=\s)--?[a-z-]+", line[1].split("#")[0]):
                 assert option in known, f"{file.name} shows '{option}' for 'dreamlite {line[0]}', which has {sorted(known)}"
+
+
+def test_the_tree_in_the_readme_names_every_module_and_nothing_else():
+    block = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    named, folders = set(), []
+    for line in filter(str.strip, block.splitlines()):
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            named.add("/".join(folders[: depth + 1]))
+        assert len(line.split()) > 2, f"'{name}' has no remark"
+    modules = {
+        str(file.relative_to(ROOT))
+        for package in ("dreamlite_data", "trainers", "flows")
+        for file in (ROOT / package).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert not modules - named, f"add to the tree in README.md: {sorted(modules - named)}"
+    assert all((ROOT / name).exists() for name in named), f"gone: {sorted(name for name in named if not (ROOT / name).exists())}"
