@@ -148,6 +148,8 @@ class RayExecutor:
     def _start(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray runs workers at nice 15 by default: beside anything else that computes they all but stand still.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
 
         if ray.is_initialized():

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from dreamlite_data import policies, sources
 from dreamlite_data.executors import Executor, from_settings
+from dreamlite_data.faults import fault_report
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import Operator, op_version
 from dreamlite_data.operators.caption import Caption
@@ -29,6 +30,8 @@ from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
 from dreamlite_data.sources.base import DigestCache, Unit
+
+__all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
 
 MEASURES = ("quality", "duplicates", "edit", "caption", "verify_caption", "verify_edit")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""
@@ -141,14 +144,15 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
         if gone:
             lake.write(lambda connection: delete_records(connection, gone))
         answer: dict[str, Any] = {"units": len(units), "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0}
-        tasks = _ingest_tasks(fresh, settings, version, str(lake.staging))
-        with Progress("ingest", total=len(fresh), unit="units") as bar:
-            for task, written in zip(tasks, executor.map(ingest_task, tasks, operator.resources), strict=True):
-                changed = [(unit.source, unit.shard) for unit in task.units if (unit.source, unit.shard) in done]
-                commit(lake, written, changed)
-                answer["records"] += written.rows
-                answer["failed"] += written.failed
-                bar.advance(len(task.units), records=answer["records"], failed=answer["failed"])
+        if fresh:
+            tasks = _ingest_tasks(fresh, settings, version, str(lake.staging))
+            with Progress("ingest", total=len(fresh), unit="units") as bar:
+                for task, written in zip(tasks, executor.map(ingest_task, tasks, operator.resources), strict=True):
+                    changed = [(unit.source, unit.shard) for unit in task.units if (unit.source, unit.shard) in done]
+                    commit(lake, written, changed)
+                    answer["records"] += written.rows
+                    answer["failed"] += written.failed
+                    bar.advance(len(task.units), records=answer["records"], failed=answer["failed"])
         make_current(lake, operator.name, version, operator.config())
         answer["quarantined"] = lake.query(
             "SELECT count(*) AS n FROM op_shard WHERE error IS NOT NULL AND list_contains($names, source)", {"names": names}

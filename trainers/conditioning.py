@@ -96,14 +96,27 @@ class PromptEncoder:
     def edit(self, images: list[Image.Image], prompts: list[str | None]) -> Embeddings:
         """Embed edit instructions with their source images; None is the null prompt, which still sees the image."""
         users = ["" if prompt is None else EDIT_PROMPT.format(prompt) for prompt in prompts]
-        inputs = self.processor(
-            text=[EDIT_TEMPLATE.replace("{}", user) for user in users],
-            images=[encoder_image(image) for image in images],
-            padding=True,
-            return_tensors="pt",
+        # A row and its null prompt share a source: each picture is resized once (that costs as much as the model).
+        places = {id(image): place for place, image in reversed(list(enumerate(images)))}
+        order = sorted(set(places.values()))
+        pictures = self.processor.image_processor(
+            [encoder_image(images[place]) for place in order], return_tensors="pt"
         )
-        extra = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-        return self._kept(inputs["input_ids"], inputs["attention_mask"], self.drop["edit"], **extra)
+        shared = [order.index(places[id(image)]) for image in images]
+        grids = pictures["image_grid_thw"][shared]
+        patches = pictures["pixel_values"].split(pictures["image_grid_thw"].prod(1).tolist())
+        merge = self.processor.image_processor.merge_size**2
+        texts = [
+            EDIT_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * (int(grid.prod()) // merge)).replace("{}", user)
+            for grid, user in zip(grids, users, strict=True)
+        ]
+        inputs = self.tokenizer(texts, padding=True, return_tensors="pt")
+        vision = {
+            "pixel_values": torch.cat([patches[index] for index in shared]),
+            "image_grid_thw": grids,
+            "mm_token_type_ids": (inputs["input_ids"] == self.processor.image_token_id).long(),
+        }
+        return self._kept(inputs["input_ids"], inputs["attention_mask"], self.drop["edit"], **vision)
 
     @torch.no_grad()
     def _kept(self, ids: torch.Tensor, mask: torch.Tensor, drop: int, **vision: torch.Tensor) -> Embeddings:

@@ -186,7 +186,10 @@ class TrainingRows:
     def images(self, image_ids: Sequence[str]) -> list[Image.Image]:
         """Stored images as RGB squares of `size_px`."""
         stored = read_images(self.lake, list(dict.fromkeys(image_ids)))
-        return [square(Image.open(io.BytesIO(stored[image_id])), self.size_px) for image_id in image_ids]
+        decoded = {
+            image_id: square(Image.open(io.BytesIO(content)), self.size_px) for image_id, content in stored.items()
+        }
+        return [decoded[image_id] for image_id in image_ids]
 
 
 def read_rows(

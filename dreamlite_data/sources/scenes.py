@@ -95,12 +95,23 @@ def _t2i_row(rng: np.random.Generator, fault: str | None) -> dict[str, bytes]:
     return {"png": _damage(payload, fault), "txt": words.encode(), "json": json.dumps(facts).encode()}
 
 
-def _edit_row(task: ShardTask, row: int, rng: np.random.Generator, fault: str | None) -> dict[str, bytes]:
+def _draw_edit(task: ShardTask, row: int) -> tuple[scenes.Scene, scenes.Edit, str]:
+    """Scene, edit and instruction of a row. A row that shares its source never repeats the other row's instruction:
+    that would be a duplicate nobody planted."""
     shared = row % SHARED_SOURCE == SHARED_SOURCE - 1 and row > task.start
-    scene = scenes.sample_scene(np.random.default_rng([task.seed, task.settings.seed, 2, row - shared]))
-    edit = scenes.sample_edit(scene, rng)
+    first = row - shared
+    scene = scenes.sample_scene(np.random.default_rng([task.seed, task.settings.seed, 2, first]))
+    taken = _draw_edit(task, first)[1] if shared else None
+    rng = np.random.default_rng([task.seed, task.settings.seed, 3, row])
+    while True:
+        edit = scenes.sample_edit(scene, rng)
+        if taken is None or scenes.apply_edit(scene, edit).key() != scenes.apply_edit(scene, taken).key():
+            return scene, edit, scenes.instruction(edit, scene, rng)
+
+
+def _edit_row(task: ShardTask, row: int, rng: np.random.Generator, fault: str | None) -> dict[str, bytes]:
+    scene, edit, words = _draw_edit(task, row)
     target = scenes.apply_edit(scene, edit)
-    words = scenes.instruction(edit, scene, rng)
     source_pixels, target_pixels = scenes.render(scene), scenes.render(target)
     if fault == "wrong_edit":
         # Half the time nothing happened, half the time the picture is of something else.

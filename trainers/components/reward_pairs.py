@@ -12,14 +12,11 @@ from scipy import ndimage
 
 from dreamlite_data import scenes
 from dreamlite_data.scenes.render import coverage
-from dreamlite_data.scenes.scene import CANVAS_PX
 
 COLOURS, SHAPES, SIZES = list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.SIZES)
 BACKGROUNDS, STYLES, POSITIONS = list(scenes.BACKGROUNDS), list(scenes.STYLES), list(scenes.POSITIONS)
 DEGRADATIONS = ("blur", "noise", "washed", "ghost", "patches", "mixture")
 VARIANTS = ("recolour", "replace", "resize", "move", "add", "remove", "background", "style", "other")
-GRID = 4  # visual tokens on a side: 64 px, patches of 8 px, merged 2 by 2
-TOKEN_PX = CANVAS_PX // GRID
 HELD_OUT_SHARE = 10
 IGNORE = -100  # label that cross_entropy skips
 
@@ -87,20 +84,10 @@ def mistakes(shown: scenes.Scene, said: scenes.Scene) -> int:
 
 
 def token_labels(scene: scenes.Scene) -> np.ndarray:
-    """int64 [16, 4]: colour, shape, size and cell of the object that covers most of each visual token, 0 for none."""
-    labels = np.zeros((GRID, GRID, 4), np.int64)
-    best = np.full((GRID, GRID), 0.1 * TOKEN_PX**2)
-    edges = np.arange(GRID) * TOKEN_PX
+    """int64 [9, 4]: colour, shape, size and cell (0: none) of the object on each visual token."""
     table = cells(scene)
-    for item in scene.objects:
-        (x, y), radius = item.centre_px(), scenes.SIZES[item.size]
-        width = np.clip(np.minimum(edges + TOKEN_PX, x + radius) - np.maximum(edges, x - radius), 0, None)
-        height = np.clip(np.minimum(edges + TOKEN_PX, y + radius) - np.maximum(edges, y - radius), 0, None)
-        area = height[:, None] * width[None, :]
-        cell = POSITIONS.index(item.position)
-        labels[area > best] = (*table[cell], 1 + cell)
-        best = np.maximum(best, area)
-    return labels.reshape(-1, 4)
+    place = np.where(table[:, :1] > 0, 1 + np.arange(len(POSITIONS))[:, None], 0)
+    return np.concatenate([table, place], axis=1)
 
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
