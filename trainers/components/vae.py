@@ -21,7 +21,7 @@ LATENT_NOISE = 0.2  # standard deviation of the largest noise, in units of the l
 
 
 def build_vae(
-    *, steps: int, batch: int = 16, channels: int = 16, seed: int = 0, log: Callable[[int, dict[str, float]], None]
+    *, steps: int, batch: int = 16, channels: int = 16, seed: int = 0, start: AutoencoderTiny | None = None, log: Callable[[int, dict[str, float]], None]
 ) -> tuple[AutoencoderTiny, dict[str, float]]:
     """Train on freshly drawn scenes; returns the model and its metrics on held-out ones.
 
@@ -30,7 +30,7 @@ def build_vae(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 1))
-    model = AutoencoderTiny(
+    model = start or AutoencoderTiny(
         encoder_block_out_channels=(channels,) * 4,
         decoder_block_out_channels=(channels,) * 4,
         num_encoder_blocks=(1, 2, 3, 3),
@@ -38,7 +38,8 @@ def build_vae(
         latent_channels=4,
         scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)
-    initialise(model)
+    if start is None:
+        initialise(model)
     # A throw-away linear decoder: its short path teaches the encoder colours long before the deep decoder can.
     linear_decoder = nn.Sequential(nn.Conv2d(4, 48, 3, padding=1), nn.PixelShuffle(4))
     parameters = [*model.parameters(), *linear_decoder.parameters()]
@@ -51,7 +52,7 @@ def build_vae(
         images, weight = to_tensor(pixels), object_weight(pixels, drawn)
         latents = model.encoder(images)
         loss_pixel = loss_edge = torch.zeros(())
-        if step >= steps * ENCODER_SHARE:
+        if start is not None or step >= steps * ENCODER_SHARE:
             level = LATENT_NOISE * min(1.0, 2 * step / steps) * torch.rand((batch, 1, 1, 1), generator=generator)
             error = model.decoder(latents + level * torch.randn(latents.shape, generator=generator)) - images
             loss_pixel = (weight * (error.abs() + 2 * error**2)).mean()
