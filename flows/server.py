@@ -32,7 +32,7 @@ def prefect_server(lake_root: Path, port: int = 4200, wait_s: float = 240.0) -> 
         raise ConfigError(f"port {port} already serves a Prefect API: set PREFECT_API_URL={api} to use it, or give another --port")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("ab") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         end = time.monotonic() + wait_s
         while not _healthy(api):

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -67,7 +68,7 @@ class Score:
         sources = [_open(payload) for payload in rows["source_bytes"].to_pylist()] if self.task == "edit" else None
         scores = model.score(images, rows["text"].to_pylist(), sources)
         errors = list(scores.errors)
-        bad = [error is not None for error in errors]
+        bad = np.array([error is not None for error in errors], dtype=bool)
         columns = {
             "subject_id": rows["subject_id"],
             "op_version": pa.nulls(len(rows), pa.string()),
