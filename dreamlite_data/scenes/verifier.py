@@ -10,8 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from dreamlite_data.scenes.render import background, coverage, render
-from dreamlite_data.scenes.scene import BACKGROUNDS, CANVAS_PX, CELL_PX, COLOURS, POSITIONS, SHAPES, SIZES, STYLES
-from dreamlite_data.scenes.scene import Scene, SceneObject
+from dreamlite_data.scenes.scene import BACKGROUNDS, CANVAS_PX, CELL_PX, COLOURS, POSITIONS, SHAPES, SIZES, STYLES, Scene, SceneObject
 
 FOREGROUND_DISTANCE = 48.0  # RGB distance from the background that counts as an object
 SMALLEST_AREA_PX = 24

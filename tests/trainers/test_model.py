@@ -3,11 +3,11 @@ Built on the meta device: no memory, no weights."""
 
 import torch
 
+from tests.trainers.conftest import TINY_MODEL
 from trainers.conditioning import Embeddings
 from trainers.flow import predict
 from trainers.model import OFFICIAL_PARAMETERS, build_unet, unet_config
 from trainers.settings import ModelSettings
-from tests.trainers.conftest import TINY_MODEL
 
 
 def test_official_configuration_has_the_released_number_of_parameters():

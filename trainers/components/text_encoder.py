@@ -12,9 +12,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from dreamlite_data import scenes
-from trainers.conditioning import Embeddings, PromptEncoder, as_image, check_drop_lengths, stack
-from trainers.conditioning import EDIT_PROMPT, EDIT_TEMPLATE, GENERATE_PROMPT, GENERATE_TEMPLATE
-from trainers.conditioning import hidden_states
+from trainers.conditioning import (
+    EDIT_PROMPT,
+    EDIT_TEMPLATE,
+    GENERATE_PROMPT,
+    GENERATE_TEMPLATE,
+    Embeddings,
+    PromptEncoder,
+    as_image,
+    check_drop_lengths,
+    hidden_states,
+    stack,
+)
 from trainers.processor import SquareImageProcessor
 
 FIELDS = {

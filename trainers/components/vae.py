@@ -15,13 +15,14 @@ from dreamlite_data import scenes
 from dreamlite_data.scenes.render import background
 
 OBJECT_WEIGHT = 8.0
-PEAK_RATE = 5e-3
 ENCODER_SHARE = 0.15  # first share of the steps, in which only the encoder learns, against the linear decoder
-LATENT_NOISE = 0.2  # standard deviation of the largest noise, in units of the latents' own spread (about 1)
+CYCLES = ((1.0, 0.2, 5e-3), (0.625, 0.1, 5e-3), (0.625, 0.08, 3e-3))
+"""(share of the steps, latent noise, peak rate) of each training cycle; the noise is in units of the latents' spread."""
 
 
 def build_vae(
-    *, steps: int, batch: int = 16, channels: int = 16, seed: int = 0, start: AutoencoderTiny | None = None, log: Callable[[int, dict[str, float]], None]
+    *, steps: int, batch: int = 16, channels: int = 16, seed: int = 0, start: AutoencoderTiny | None = None,
+    latent_noise: float = 0.2, peak_rate: float = 5e-3, log: Callable[[int, dict[str, float]], None]
 ) -> tuple[AutoencoderTiny, dict[str, float]]:
     """Train on freshly drawn scenes; returns the model and its metrics on held-out ones.
 
@@ -43,8 +44,8 @@ def build_vae(
     # A throw-away linear decoder: its short path teaches the encoder colours long before the deep decoder can.
     linear_decoder = nn.Sequential(nn.Conv2d(4, 48, 3, padding=1), nn.PixelShuffle(4))
     parameters = [*model.parameters(), *linear_decoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=1e-4, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.02)
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps, pct_start=0.02)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         drawn = [scenes.sample_scene(rng) for _ in range(batch)]
@@ -53,7 +54,7 @@ def build_vae(
         latents = model.encoder(images)
         loss_pixel = loss_edge = torch.zeros(())
         if start is not None or step >= steps * ENCODER_SHARE:
-            level = LATENT_NOISE * min(1.0, 2 * step / steps) * torch.rand((batch, 1, 1, 1), generator=generator)
+            level = latent_noise * min(1.0, 2 * step / steps) * torch.rand((batch, 1, 1, 1), generator=generator)
             error = model.decoder(latents + level * torch.randn(latents.shape, generator=generator)) - images
             loss_pixel = (weight * (error.abs() + 2 * error**2)).mean()
             loss_edge = sum((weight.narrow(axis, 0, 63) * error.diff(dim=axis).abs()).mean() for axis in (2, 3))

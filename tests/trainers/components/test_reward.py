@@ -53,10 +53,10 @@ def test_edit_mistakes_tell_what_was_asked_from_what_was_to_stay(kind):
 
 def test_token_labels_lie_where_the_object_is():
     item = scenes.SceneObject("red", "circle", "large", "bottom right")
-    labels = reward_pairs.token_labels(scenes.Scene((item,), "white", "plain")).reshape(4, 4, 4)
+    labels = reward_pairs.token_labels(scenes.Scene((item,), "white", "plain")).reshape(3, 3, 4)
     covered = labels[..., 3] > 0
-    assert covered[3, 3] and not covered[:2].any() and not covered[:, :2].any()
-    assert tuple(labels[3, 3]) == (1, 1, 2, 9)
+    assert covered[2, 2] and not covered[:2].any() and not covered[:, :2].any()
+    assert tuple(labels[2, 2]) == (1, 1, 2, 9)
 
 
 def test_caption_sites_say_what_the_image_shows_not_what_the_words_say():
@@ -153,7 +153,8 @@ def test_training_and_scoring_run_the_same_forward_pass(tmp_path, kind):
             prompts.append(prompt)
             wanted.append(scores if kind == "edit" else scores[number : number + 1])
     found = model.score(images, prompts, sources if kind == "edit" else None).heads
-    np.testing.assert_allclose(found, np.stack(wanted), rtol=0, atol=2e-5)
+    # Scoring resizes 64 px to 72 px in 8 bits, training in float: 7e-4 on untrained heads. Another forward pass is 1000x off.
+    np.testing.assert_allclose(found, np.stack(wanted), rtol=0, atol=2e-3)
 
 
 def test_an_unknown_kind_is_refused(tmp_path):
