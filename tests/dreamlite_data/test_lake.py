@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,6 +27,22 @@ for n in range(int(sys.argv[3])):
         "lineage": [{"child_kind": "step", "child_id": f"{sys.argv[2]}-{n}", "parent_kind": "step", "parent_id": "p", "role": "r"}],
     })
 """
+
+HOLDER = """
+import sqlite3, sys, time
+holder = sqlite3.connect(sys.argv[1], isolation_level=None)
+holder.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """A lake with one row that guarded queries may try to get at."""
+    lake = Lake(tmp_path_factory.mktemp("shared"))
+    lake.append({"evals": [{"run_id": "kept"}]})
+    return lake
 
 
 def test_missing_columns_become_null_and_unknown_ones_are_refused(lake: Lake) -> None:
@@ -48,14 +65,20 @@ def test_three_processes_committing_at_once_lose_nothing(tmp_path: Path) -> None
     assert lake.count("metrics") == lake.count("lineage") == 24  # and nothing twice, although commits were tried again
 
 
+@contextlib.contextmanager
+def locked_by_another_process(root: Path, seconds: float) -> Iterator[None]:
+    """Another process holds SQLite's write lock; in this one it would not count, for POSIX locks are per process."""
+    command = [sys.executable, "-c", HOLDER, str(root / "catalog.sqlite"), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        yield
+        holder.terminate()
+
+
 def test_a_locked_catalog_is_tried_again_until_it_is_free(tmp_path: Path) -> None:
     lake = Lake(tmp_path)
-    holder = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None, check_same_thread=False)
-    holder.execute("BEGIN IMMEDIATE")
-    release = threading.Timer(4.0, lambda: holder.execute("ROLLBACK"))  # longer than SQLite itself is told to wait
-    release.start()
-    lake.append({"evals": [{"run_id": "after"}]})
-    release.join()
+    with locked_by_another_process(tmp_path, 3.0):  # longer than SQLite itself is told to wait
+        lake.append({"evals": [{"run_id": "after"}]})
     assert lake.retries > 0
     assert lake.count("evals") == 1
 
@@ -63,11 +86,8 @@ def test_a_locked_catalog_is_tried_again_until_it_is_free(tmp_path: Path) -> Non
 def test_a_lock_that_never_ends_is_reported_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreamlite_data.lake.RETRY_LIMIT_S", 0.1)
     lake = Lake(tmp_path)
-    holder = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
-    holder.execute("BEGIN IMMEDIATE")
-    with pytest.raises(LakeError, match="stayed locked.*find the process"):
+    with locked_by_another_process(tmp_path, 60.0), pytest.raises(LakeError, match="stayed locked.*find the process"):
         lake.append({"evals": [{"run_id": "never"}]})
-    holder.execute("ROLLBACK")
     assert lake.count("evals") == 0
 
 
@@ -145,8 +165,8 @@ def test_a_read_only_lake_refuses_to_write(tmp_path: Path) -> None:
     "EXPLAIN SELECT * FROM why_dropped", "EXPLAIN ANALYZE SELECT 1", "SELECT * FROM lineage_of('x')", "SELECT * FROM funnel",
     "SELECT * FROM duplicates", "SELECT * FROM ducklake_snapshots('lake')",
 ])  # fmt: skip
-def test_a_reader_may_ask(lake: Lake, sql: str) -> None:
-    lake.query_read_only(sql)
+def test_a_reader_may_ask(shared: Lake, sql: str) -> None:
+    shared.query_read_only(sql)
 
 
 @pytest.mark.parametrize("sql", [
@@ -161,16 +181,15 @@ def test_a_reader_may_ask(lake: Lake, sql: str) -> None:
     "SUMMARIZE FROM sqlite_scan('{outside}', 'secret')", "SELECT * FROM query('FROM sqlite_scan(''{outside}'', ''secret'')')",
     "not sql",
 ])  # fmt: skip
-def test_a_reader_may_neither_write_nor_look_outside(lake: Lake, tmp_path: Path, sql: str) -> None:
+def test_a_reader_may_neither_write_nor_look_outside(shared: Lake, tmp_path: Path, sql: str) -> None:
     outside = tmp_path / "outside.sqlite"
     with sqlite3.connect(outside) as connection:
         connection.execute("CREATE TABLE secret (word TEXT)")
-    lake.append({"evals": [{"run_id": "kept"}]})
-    snapshot = lake.snapshot()
+    snapshot = shared.snapshot()
     with pytest.raises(LakeError):
-        lake.query_read_only(sql.replace("{lake}", str(lake.root)).replace("{outside}", str(outside)))
-    assert lake.snapshot() == snapshot and lake.count("evals") == 1
-    assert not list(lake.data.glob("*.csv"))
+        shared.query_read_only(sql.replace("{lake}", str(shared.root)).replace("{outside}", str(outside)))
+    assert shared.snapshot() == snapshot and shared.count("evals") == 1
+    assert not list(shared.data.glob("*.csv"))
 
 
 def test_lineage_runs_from_an_artifact_down_to_its_images(lake: Lake) -> None:
