@@ -4,6 +4,7 @@ Each function reads folders and dataset versions and writes one folder; nothing 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def train_stage(
         "stage": stage,
         "hidden_state": model.hidden_state,
         "size_px": model.size_px,
-        "encoder_image_px": model.size_px,
+        "encoder_image_px": math.isqrt(encoder.processor.image_processor.size["shortest_edge"]),
         "distilled_steps": settings.student_steps if distilled else None,
         "drop_generate": encoder.drop["generate"],
         "drop_edit": encoder.drop["edit"],
