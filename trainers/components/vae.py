@@ -16,7 +16,7 @@ from dreamlite_data.scenes.render import background
 
 OBJECT_WEIGHT = 8.0
 ENCODER_SHARE = 0.15  # first share of the steps, in which only the encoder learns, against the linear decoder
-CYCLES = ((1.0, 0.2, 5e-3), (0.625, 0.1, 5e-3), (0.625, 0.08, 3e-3))
+CYCLES = ((1.0, 0.2, 5e-3), (0.625, 0.1, 5e-3), (0.625, 0.08, 3e-3), (0.4, 0.08, 3e-3))
 """(share of the steps, latent noise, peak rate) of each training cycle; the noise is in units of the latents' spread."""
 
 
