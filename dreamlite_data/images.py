@@ -18,6 +18,7 @@ from dreamlite_data.settings import IngestSettings
 Image.init()  # registers every reader of this Pillow; which ones it was built with differs
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF") if name in Image.OPEN)
 STORED_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
 
 
@@ -69,6 +70,8 @@ def _decode_opened(image: Image.Image, payload: bytes, limits: IngestSettings) -
         )
     if min(width, height) < 1:
         raise BadImage("broken_header", f"{width} x {height} px")
+    if image.format == "PNG" and PNG_END not in payload:
+        raise BadImage("truncated", "the PNG has no end chunk")  # its pixels may all be there, but the file is cut
     mime = Image.MIME.get(image.format, f"image/{str(image.format).lower()}")
     try:
         notes = _differences_from_plain(image)
