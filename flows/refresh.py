@@ -131,7 +131,7 @@ def components_step(config: PipelineConfig) -> Step:
     given = Path(trainers.__file__).parent / "components" / "small_world" if settings.source == "packaged" else Path(settings.source)
 
     def run(ctx: StepContext) -> StepResult:
-        from trainers.stages import build_components
+        from trainers.components.build import build_components
 
         folder = Path(build_components(settings, ctx.directory))
         outputs: dict[str, Any] = {"components": folder} if folder.is_relative_to(ctx.directory) else {"components_path": str(folder)}
@@ -142,14 +142,14 @@ def components_step(config: PipelineConfig) -> Step:
             outputs, digests={"rewards": digests["rewards"], "model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest()}
         )
 
+    trained = settings.source == "train"
     return Step(
         "components",
         run,
-        ("trainers.components.build",),
-        spec=spec_of(settings),
-        alone=("trainers.stages",),
-        seed=config.seed,
-        external=None if settings.source == "train" else lambda: {"source": folder_digest(given)},
+        # Parts that are only copied are known by their content; neither the code nor the settings that once trained them matter.
+        ("trainers.components.build",) if trained else (),
+        spec=spec_of(settings) if trained else {"source": settings.source},
+        external=None if trained else lambda: {"source": folder_digest(given)},
         about="Provide the frozen VAE, text encoder and reward models.",
     )
 

@@ -122,6 +122,25 @@ def test_an_artifact_that_cannot_be_stored_only_warns(prefect_server, flow, tmp_
     assert set(run.records) == {"quality", "t2i"}
 
 
+def test_a_schedule_becomes_scheduled_runs(prefect_server):
+    """Prefect 3.8 under SQLAlchemy 2.1 raises here and then schedules nothing, without any other sign."""
+    import asyncio
+
+    from prefect import get_client
+
+    from flows.deployments import refresh
+
+    async def scheduled() -> int:
+        deployment = await refresh.ato_deployment("test-nightly", cron="0 2 * * *")
+        deployment_id = await deployment.aapply()
+        async with get_client() as client:
+            await client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment_id}, json={"min_runs": 2})
+            runs = await client.read_flow_runs()
+        return sum(run.deployment_id == deployment_id and run.state_name == "Scheduled" for run in runs)
+
+    assert asyncio.run(scheduled()) >= 2
+
+
 def test_without_a_server_the_same_steps_run_inline_with_a_warning(flow, tmp_path):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
