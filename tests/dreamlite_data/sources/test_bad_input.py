@@ -45,7 +45,7 @@ def _png_of_size(width: int, height: int) -> bytes:
 
 def _png_16_bit() -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray((_pixels()[..., 0].astype(np.uint16) * 257)).save(buffer, "PNG")
+    Image.fromarray(_pixels()[..., 0].astype(np.uint16) * 257).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -16,7 +16,10 @@ from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, read_
 DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
 """In the order in which they are made: later ones draw from earlier ones."""
 DRAWN_FROM = {"sft": ("t2i", "edit"), "rl": ("t2i", "edit")}
-MIN_ROWS_FOR_UNANIMITY = 50
+# From how many rows on a unanimous rule is a surprise: a rare fault can be absent from hundreds of rows, but a rule that
+# rejects the first fifty rejects everything.
+PASS_ALL_ROWS = 1000
+REJECT_ALL_ROWS = 50
 ROW_COLUMNS = ("row_id", *REQUIRED_COLUMNS[1:], "split")
 
 
@@ -83,13 +86,13 @@ def _refuse_surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], tota
     allowed = set(parameters.get("allow_unanimous", ()))
     for rule, reached, rejected in outcome:
         name = f"{policy.dataset}.{rule.name}"
-        if total < MIN_ROWS_FOR_UNANIMITY or allowed & {name, "*"} or rule.allow == "any":
+        if allowed & {name, "*"} or rule.allow == "any":
             continue
-        if reached == 0:
+        if reached == 0 and total >= REJECT_ALL_ROWS:
             said = "was never evaluated: the rules before it rejected every row"
-        elif rejected == reached and rule.allow != "reject_all":
+        elif rejected == reached >= REJECT_ALL_ROWS and rule.allow != "reject_all":
             said = f"rejected all {reached} rows that reached it"
-        elif rejected == 0 and rule.allow != "pass_all":
+        elif rejected == 0 and reached >= PASS_ALL_ROWS and rule.allow != "pass_all":
             said = f"rejected none of {reached} rows"
         else:
             continue

@@ -1,0 +1,66 @@
+"""Both executors give results in task order, and a dead worker is one clear error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from dreamlite_data import executors
+
+
+def late_if_first(number: int) -> int:
+    time.sleep(0.3 if number == 0 else 0.0)
+    return number * number
+
+
+def fails_at_three(number: int) -> int:
+    if number == 3:
+        raise ValueError("three")
+    return number
+
+
+def dies(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(params=["inline", "processes", pytest.param("ray", marks=pytest.mark.slow)], scope="module")
+def executor(request: pytest.FixtureRequest):
+    made = {"inline": lambda: executors.local(1), "processes": lambda: executors.local(2), "ray": lambda: executors.ray(2)}[request.param]()
+    yield made
+    made.close()
+
+
+def test_results_come_in_task_order(executor: executors.Executor) -> None:
+    assert list(executor.map(late_if_first, list(range(9)))) == [n * n for n in range(9)]
+    assert list(executor.map(late_if_first, [])) == []
+
+
+def test_an_error_of_the_function_comes_through_as_itself(executor: executors.Executor) -> None:
+    with pytest.raises(ValueError, match="three"):
+        list(executor.map(fails_at_three, list(range(6))))
+    assert list(executor.map(fails_at_three, [1, 2])) == [1, 2]
+
+
+def test_a_dead_worker_is_reported_and_the_next_call_works() -> None:
+    with executors.local(2) as pool:
+        with pytest.raises(executors.ExecutorError, match="worker process died.*run again"):
+            list(pool.map(dies, [1, 2, 3]))
+        assert list(pool.map(late_if_first, [2, 3])) == [4, 9]
+
+
+def test_no_task_starts_no_worker() -> None:
+    for idle in (executors.local(4), executors.ray(4)):
+        assert list(idle.map(late_if_first, [])) == [] and idle.started == 0
+        idle.close()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_answer_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(executors, "RAY_STARTS", 1)
+    monkeypatch.setenv("RAY_gcs_rpc_server_connect_timeout_s", "1")
+    with pytest.raises(executors.ExecutorError, match="RAY_ADDRESS=127.0.0.1:1 did not start"):
+        list(executors.ray(2).map(late_if_first, [1]))
