@@ -1,12 +1,16 @@
 """Prefect sees each step and its numbers, and losing Prefect loses nothing. One embedded server for all tests here."""
 
+import asyncio
 import os
+import socket
+import time
 import warnings
 
 import pytest
 
 from dreamlite_data.lake import Lake
-from flows import engine
+from flows import engine, server
+from flows.config import ConfigError
 from flows.step import Step, StepFailed, StepResult
 
 pytestmark = pytest.mark.slow
@@ -15,12 +19,21 @@ CODE = ("dreamlite_data.schema",)
 
 
 @pytest.fixture(scope="module")
-def prefect_server():
-    """The one Prefect server of the test session."""
-    from prefect.testing.utilities import prefect_test_harness
+def prefect_server(tmp_path_factory):
+    """The one Prefect server of the test session: a real one, as `dreamlite serve` starts it, so that it schedules too."""
+    root = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    before = dict(os.environ)
+    engine.embed_prefect(root)
+    with server.prefect_server(root, port) as api:
+        from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with prefect_test_harness(server_startup_timeout=240):
-        yield
+        with temporary_settings({PREFECT_API_URL: api}):
+            yield api
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -69,8 +82,6 @@ async def _seen():
 
 def seen_by_prefect():
     """(flow runs newest first, task runs, artifacts) on the server."""
-    import asyncio
-
     flows, tasks, artifacts = asyncio.run(_seen())
     return sorted(flows, key=lambda run: run.created, reverse=True), tasks, artifacts
 
@@ -123,22 +134,30 @@ def test_an_artifact_that_cannot_be_stored_only_warns(prefect_server, flow, tmp_
 
 
 def test_a_schedule_becomes_scheduled_runs(prefect_server):
-    """Prefect 3.8 under SQLAlchemy 2.1 raises here and then schedules nothing, without any other sign."""
-    import asyncio
-
+    """Under SQLAlchemy 2.1 the scheduler of Prefect 3.8 raises in its loop and schedules nothing, without any other sign."""
     from prefect import get_client
 
     from flows.deployments import refresh
 
-    async def scheduled() -> int:
-        deployment = await refresh.ato_deployment("test-nightly", cron="0 2 * * *")
-        deployment_id = await deployment.aapply()
+    async def scheduled() -> list[str]:
+        deployment_id = await (await refresh.ato_deployment("test-nightly", cron="0 2 * * *")).aapply()
+        end = time.monotonic() + 60
         async with get_client() as client:
-            await client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment_id}, json={"min_runs": 2})
-            runs = await client.read_flow_runs()
-        return sum(run.deployment_id == deployment_id and run.state_name == "Scheduled" for run in runs)
+            while True:
+                runs = [run for run in await client.read_flow_runs() if run.deployment_id == deployment_id]
+                if runs or time.monotonic() > end:
+                    return [run.state_name for run in runs]
+                await asyncio.sleep(0.5)
 
-    assert asyncio.run(scheduled()) >= 2
+    states = asyncio.run(scheduled())
+    assert states and set(states) == {"Scheduled"}
+
+
+def test_a_second_server_on_the_same_port_is_refused_with_the_way_out(prefect_server, tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    port = int(prefect_server.split(":")[2].split("/")[0])
+    with pytest.raises(ConfigError, match="already serves a Prefect API: set PREFECT_API_URL"), server.prefect_server(tmp_path, port):
+        pass
 
 
 def test_without_a_server_the_same_steps_run_inline_with_a_warning(flow, tmp_path):
