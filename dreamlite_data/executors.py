@@ -8,6 +8,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +20,7 @@ from dreamlite_data.settings import RefreshSettings
 
 RAY_STARTS = 3
 RAY_OBJECT_STORE_MB = 200
+CONNECT_TIMEOUT_S = 10.0
 
 
 class ExecutorError(RuntimeError):
@@ -154,8 +156,10 @@ class RayExecutor:
 
         if ray.is_initialized():
             return ray
-        self.started += 1
         address = os.environ.get("RAY_ADDRESS")
+        if address:
+            _refuse_silent_cluster(address)
+        self.started += 1
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
         if not address:
             options |= {"num_cpus": self.num_workers, "object_store_memory": RAY_OBJECT_STORE_MB * 2**20}
@@ -193,6 +197,20 @@ class RayExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_silent_cluster(address: str) -> None:
+    """Ray waits many minutes for a head that is not there; a plain connection tells in seconds."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local" and the like: Ray looks them up itself
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ExecutorError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start its head, correct the address, or unset RAY_ADDRESS to "
+            "use this machine"
+        ) from None
 
 
 def _call(name: tuple[str, str], task: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dreamlite_data import policies, sources
+from dreamlite_data import sources
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
 from dreamlite_data.lake import Lake
@@ -26,6 +26,7 @@ from dreamlite_data.operators.quality import Quality
 from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, pending
 from dreamlite_data.operators.score import TASKS, Score, weights_digest
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
+from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
@@ -301,7 +302,7 @@ def curate(lake: Lake, settings: RefreshSettings, seed: int) -> list[dict[str, A
     if settings.scenes.fault_share == 0:
         parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find
     with lake.exclusive("refresh"):
-        return policies.curate(lake, parameters)
+        return run_policies(lake, parameters)
 
 
 def funnel(lake: Lake) -> pa.Table:

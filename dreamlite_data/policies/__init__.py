@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dreamlite_data.policies.decide import CurationError, curate
 from dreamlite_data.policies.policy import Policy, PolicyError, Rule, read_policy
 
-__all__ = ["CurationError", "Policy", "PolicyError", "Rule", "curate", "read_policy"]
+__all__ = ["Policy", "PolicyError", "Rule", "read_policy"]

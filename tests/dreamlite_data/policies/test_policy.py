@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dreamlite_data.lake import Lake
-from dreamlite_data.policies import CurationError, PolicyError, curate, read_policy
-from dreamlite_data.policies.decide import DATASETS, _refuse_surprises, judge, split_of
+from dreamlite_data.policies import PolicyError, read_policy
+from dreamlite_data.policies.curate import DATASETS, CurationError, _refuse_surprises, curate, judge, split_of
 
 COLUMNS = (
     "SELECT CAST(n AS VARCHAR) AS row_id, 'generate' AS task, 'i' || n AS image_id, CAST(NULL AS VARCHAR) AS source_image_id, 't' AS text, "
@@ -47,7 +47,7 @@ def test_what_was_never_measured_does_not_pass(lake: Lake) -> None:
     ("-- @rule none allow=reject_all\nn < 0\n-- @rule next\nn > 5", "rule trial.next was never evaluated"),
 ])  # fmt: skip
 def test_a_unanimous_rule_is_an_error_unless_allowed(lake: Lake, rules: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreamlite_data.policies.decide.PASS_ALL_ROWS", 100)
+    monkeypatch.setattr("dreamlite_data.policies.curate.PASS_ALL_ROWS", 100)
     policy = _policy(rules)
     rows, outcome = judge(lake, policy, {})
     with pytest.raises(CurationError, match=said) as error:
