@@ -157,14 +157,15 @@ class SourceTree:
         path, tree = self.path(module), self.tree(module)
         if path is None or tree is None:
             return []
-        texts = tuple(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
-        wanted = {suffix for suffix in DATA_SUFFIXES if any(text.endswith(suffix) for text in texts)}
-        if not wanted:
-            return []
         below = [path.parent]
         for folder in below:  # grows while it is walked; folders that are packages answer for themselves
             below += [item for item in folder.iterdir() if item.is_dir() and not (item / "__init__.py").exists()]
-        return sorted(file for folder in below for file in folder.iterdir() if file.is_file() and file.suffix in wanted)
+        found = sorted(file for folder in below for file in folder.iterdir() if file.is_file() and file.suffix in DATA_SUFFIXES)
+        if not found:
+            return []
+        texts = tuple(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        wanted = {suffix for suffix in DATA_SUFFIXES if any(text.endswith(suffix) for text in texts)}
+        return [file for file in found if file.suffix in wanted]
 
     def _module_digest(self, module: str) -> str:
         if module not in self._digests:

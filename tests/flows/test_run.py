@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamlite_data.lake import Lake
 from flows.gates import Gate, GateFailed
 from flows.run import Run, mark_crashed, running_steps
 from flows.step import Edge, Step, StepContext, StepFailed, StepResult
@@ -213,6 +214,8 @@ def test_kill_9_keeps_finished_units_and_the_next_run_takes_over(lake):
     victim = start(lake, 0.4)
     wait_for(lambda: len(log_of(lake)) >= 2)
     assert [owner["step"] for owner in running_steps(lake)] == ["slow"]
+    with Lake(lake.root, read_only=True) as reader:  # somebody asks while the run goes on
+        assert reader.query_read_only("SELECT flow, state FROM runs").to_pylist() == [{"flow": "slow", "state": "running"}]
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     assert running_steps(lake) == []
