@@ -107,7 +107,6 @@ class RayExecutor:
     def __init__(self, num_workers: int = 2) -> None:
         self.num_workers = num_workers
         self.started = 0
-        self._owns_cluster = False
 
     def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
         if not tasks:
@@ -170,18 +169,24 @@ class RayExecutor:
                 os.environ["PYTHONPATH"] = os.pathsep.join([package_root, *filter(None, paths)])
         else:
             options = {"address": address, "log_to_driver": False}
-        for attempt in range(1, RAY_STARTS + 1):
+        tries = 1 if address else RAY_STARTS  # a cluster that answers and refuses will refuse again
+        for attempt in range(1, tries + 1):
             try:
                 ray.init(**options)
                 break
             except Exception as error:  # ray raises bare exceptions of many kinds when a start times out
                 ray.shutdown()
-                if attempt == RAY_STARTS:
-                    where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray"
-                    raise ExecutorError(f"{where} did not start in {RAY_STARTS} tries: {error}. Use executor: local, or look at "
-                                        "/tmp/ray/session_latest/logs") from error  # fmt: skip
-                time.sleep(2.0 * attempt)
-        self._owns_cluster = not address
+                if attempt < tries:
+                    time.sleep(2.0 * attempt)
+                elif address:
+                    raise ExecutorError(
+                        f"the Ray cluster at RAY_ADDRESS={address} refused this process: {error}. Both must run the same Ray, and where "
+                        "the cluster checks tokens, RAY_AUTH_MODE and the token must be set here as on its head"
+                    ) from error
+                else:
+                    raise ExecutorError(
+                        f"a local Ray did not start in {tries} tries: {error}. Use executor: local, or look at /tmp/ray/session_latest/logs"
+                    ) from error
         return ray
 
     def close(self) -> None:

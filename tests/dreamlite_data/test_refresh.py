@@ -60,6 +60,14 @@ def test_every_dropped_row_says_which_rule_and_by_how_much(built: Lake) -> None:
     assert sharp and all(row["margin"] is None or row["margin"] < 0 for row in sharp)
 
 
+@pytest.mark.parametrize("view", ["samples", "triplets", "funnel", "why_dropped", "duplicates", "lineage_of('t2i@1')"])
+def test_the_views_for_people_read_no_image_bytes(built: Lake, view: str) -> None:
+    plan = " ".join(built.query_read_only(f"EXPLAIN SELECT * FROM {view}")["explain_value"].to_pylist())
+    assert "bytes" not in plan
+    assert "bytes" in " ".join(built.query_read_only("EXPLAIN SELECT bytes FROM images")["explain_value"].to_pylist())
+    built.query_read_only(f"SELECT * FROM {view}")
+
+
 def test_photos_are_their_own_dataset_and_leave_the_others_by_a_named_rule(built: Lake) -> None:
     photos = open_dataset(built, "photos").rows["row_id"].to_pylist()
     assert len(photos) > 5 and all(row_id.startswith("photos_96/") for row_id in photos)
