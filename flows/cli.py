@@ -66,11 +66,12 @@ def clear_errors() -> Iterator[None]:
     from dreamlite_data.lake import LakeError
     from flows.config import ConfigError
     from flows.gates import GateFailed
+    from flows.server import ServerError
     from flows.step import StepFailed
 
     try:
         yield
-    except (ConfigError, LakeError) as error:
+    except (ConfigError, LakeError, ServerError) as error:
         _fail(str(error), 2)
     except GateFailed as error:
         _fail(str(error), 1)

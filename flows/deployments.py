@@ -101,6 +101,16 @@ def _show(step: Step, record: StepRecord) -> None:
         warnings.warn(f"no Prefect artifact for step '{step.name}': {error}", stacklevel=2)
 
 
+def flush_events() -> None:
+    """Hand the last task-run states to the server before it stops; what is lost is lost to the mirror only."""
+    from prefect.events.worker import EventsWorker
+
+    try:
+        EventsWorker.drain_all(timeout=10)
+    except Exception as error:
+        warnings.warn(f"Prefect's last events were not stored: {error}", stacklevel=2)
+
+
 def serve_schedules(preset: str, lake: Path, overrides: list[str], nightly: str, weekly: str) -> None:
     """Serve refresh-nightly and retrain-weekly from this process until it is stopped.
 

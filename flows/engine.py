@@ -12,6 +12,7 @@ from flows.config import PipelineConfig, load_config
 from flows.gates import GateFailed
 from flows.key import SourceTree
 from flows.run import Planned, Run, make_plan
+from flows.server import prefect_server
 from flows.step import Step, StepFailed, StepRecord, find_done
 
 OFFLINE = {
@@ -31,9 +32,6 @@ OFFLINE = {
 }
 """No download and no report home unless the user's environment says otherwise."""
 
-SERVER_STARTUP_S = 240
-"""A cold embedded server needs some 33 CPU-seconds; the default limit of 20 s fails on a busy machine."""
-
 
 def go_offline() -> None:
     """Set the offline switches that the user has not set."""
@@ -42,11 +40,8 @@ def go_offline() -> None:
 
 
 def embed_prefect(lake_root: Path) -> None:
-    """Settings of the embedded server, to be in the environment before Prefect is imported. A user's own settings win."""
+    """Settings of Prefect and its server here, to be in the environment before Prefect is imported. A user's own settings win."""
     os.environ.setdefault("PREFECT_HOME", str(lake_root.resolve() / "prefect"))
-    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(SERVER_STARTUP_S))
-    os.environ.setdefault("PREFECT_SERVER_API_HOST", "127.0.0.1")
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
@@ -153,12 +148,14 @@ def execute(
 def under_prefect(flow: str, preset: str, lake_root: Path, overrides: Sequence[str], until: str | None, say: Callable[[str], None]) -> Run:
     """Run the flow as a Prefect flow run with one task run per step."""
     embed_prefect(lake_root)
-    from flows import deployments
+    with prefect_server(lake_root.resolve()) as api:
+        from flows import deployments
 
-    say("starting Prefect (" + (os.environ.get("PREFECT_API_URL") or f"embedded, {os.environ['PREFECT_HOME']}") + ")")
-    body = {"refresh": deployments.refresh, "retrain": deployments.retrain}[flow]
-    with deployments.keep_run(say) as kept:
-        body(preset=preset, lake=str(lake_root), overrides=list(overrides), until=until)
+        say(f"Prefect: {api.removesuffix('/api')} (its UI, while this run goes on)")
+        body = {"refresh": deployments.refresh, "retrain": deployments.retrain}[flow]
+        with deployments.keep_run(say) as kept:
+            body(preset=preset, lake=str(lake_root), overrides=list(overrides), until=until)
+        deployments.flush_events()
     return kept[0]
 
 

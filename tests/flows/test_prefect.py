@@ -2,15 +2,16 @@
 
 import asyncio
 import os
-import socket
+import subprocess
+import sys
 import time
 import warnings
 
+import psutil
 import pytest
 
 from dreamlite_data.lake import Lake
 from flows import engine, server
-from flows.config import ConfigError
 from flows.step import Step, StepFailed, StepResult
 
 pytestmark = pytest.mark.slow
@@ -22,12 +23,9 @@ CODE = ("dreamlite_data.schema",)
 def prefect_server(tmp_path_factory):
     """The one Prefect server of the test session: a real one, as `dreamlite serve` starts it, so that it schedules too."""
     root = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     before = dict(os.environ)
     engine.embed_prefect(root)
-    with server.prefect_server(root, port) as api:
+    with server.prefect_server(root) as api:
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: api}):
@@ -156,15 +154,45 @@ def test_a_schedule_becomes_scheduled_runs(prefect_server):
 def test_a_second_server_on_the_same_port_is_refused_with_the_way_out(prefect_server, tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     port = int(prefect_server.split(":")[2].split("/")[0])
-    with pytest.raises(ConfigError, match="already serves a Prefect API: set PREFECT_API_URL"), server.prefect_server(tmp_path, port):
+    with (
+        pytest.raises(server.ServerError, match="already serves a Prefect API: set PREFECT_API_URL"),
+        server.prefect_server(tmp_path, port),
+    ):
         pass
 
 
-def test_without_a_server_the_same_steps_run_inline_with_a_warning(flow, tmp_path):
+def test_without_a_server_the_same_steps_run_inline_with_a_warning(flow, tmp_path, monkeypatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     warned = []
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         run = execute(tmp_path / "lake", warned=warned)
     assert len(warned) == 1 and "going on without it" in warned[0]
     assert flow["ran"] == ["quality", "t2i"] and set(run.records) == {"quality", "t2i"}
+
+
+SERVE = """
+import sys, time
+from pathlib import Path
+from flows.engine import embed_prefect
+from flows.server import prefect_server
+root = Path(sys.argv[1])
+embed_prefect(root)
+with prefect_server(root) as api:
+    print(api, flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
+def test_a_killed_run_leaves_no_server_behind(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME")}
+    parent = subprocess.Popen([sys.executable, "-c", SERVE, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment)
+    api = parent.stdout.readline().strip()
+    children = psutil.Process(parent.pid).children()
+    assert api.startswith("http://127.0.0.1:") and len(children) == 1
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
