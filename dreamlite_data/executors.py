@@ -161,7 +161,8 @@ class RayExecutor:
         self.started += 1
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
         if not address:
-            options |= {"num_cpus": self.num_workers, "object_store_memory": RAY_OBJECT_STORE_MB * 2**20}
+            # "local" by name: without it Ray joins whatever cluster was last started on this machine, even a dead one.
+            options |= {"address": "local", "num_cpus": self.num_workers, "object_store_memory": RAY_OBJECT_STORE_MB * 2**20}
             # Workers must find this package wherever the driver found it.
             package_root = str(Path(__file__).resolve().parents[1])
             paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
