@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,8 +22,9 @@ from dreamlite_data.dataset import open_dataset, read_images
 from dreamlite_data.lake import Lake
 from dreamlite_data.progress import Progress
 from trainers.conditioning import Embeddings, PromptEncoder, stack
-from trainers.flow import keyed_uniform
-from trainers.settings import SupervisedSettings
+from trainers.flow import Velocity, guided_velocity, keyed_uniform
+from trainers.pixels import to_tensor
+from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 
 ENCODE_ROWS = 32
 PART_ROWS = 2_048  # rows a cache part holds: what a kill -9 can lose
@@ -56,6 +57,19 @@ class Batch:
     weight: torch.Tensor
     rows: list[Row]
     positions: list[int]
+
+    def guided(self, unet: DreamLiteUNetModel, size_px: int, settings: ReFLSettings | DMD2Settings) -> Velocity:
+        """The deployed guidance on these rows, with the scales that a recipe's settings name."""
+        return guided_velocity(
+            unet,
+            self.condition,
+            self.text,
+            self.null,
+            self.is_edit,
+            size_px,
+            settings.guidance_scale,
+            settings.image_guidance_scale,
+        )
 
 
 class TensorCache:
@@ -160,8 +174,7 @@ class TrainingRows:
         @torch.no_grad()
         def encode(chunk: list[int]) -> list[torch.Tensor]:
             pixels = np.stack([np.asarray(image) for image in self.images([image_ids[index] for index in chunk])])
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            return list(vae.encoder(images).flatten(1))
+            return list(vae.encoder(to_tensor(pixels)).flatten(1))
 
         self.latents.fill(image_ids, encode, "latents")
 
@@ -228,11 +241,11 @@ def state_key(row: Row, text: str | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def foreground(row: Row, side: int, cap: float = 5.0) -> torch.Tensor:
+def foreground(row: Row, side: int, cap: float = float("inf")) -> torch.Tensor:
     """Weight [1, side, side]: log2(A_total / A_edit) + 1 on edited latents, 1 elsewhere and for generate rows.
 
     The formula of the paper's foreground loss (DreamLite, also UniWorld-V1 arXiv 2506.03147): 50 % edited -> 2.0,
-    10 % -> 4.32. `cap` bounds it for tiny areas.
+    10 % -> 4.32. `cap` bounds it for tiny areas; a recipe applies its own.
     """
     if row.task != "edit" or not row.edit_mask:
         return torch.ones(1, side, side)

@@ -16,6 +16,7 @@ from trainers.conditioning import Embeddings, PromptEncoder, stack
 from trainers.data import square
 from trainers.flow import deployed_sigmas, guided_velocity, keyed_normal, sample
 from trainers.model import load_facts, load_unet, load_vae
+from trainers.pixels import to_tensor, to_uint8
 
 NOISE_KEY = (0x6E, 0x6F)
 
@@ -49,11 +50,12 @@ class Sampler:
         parts = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
-            text, null = self.encoder.generate(part), self.encoder.generate([None])
+            text = self.encoder.generate(part)
             condition = torch.zeros(len(part), 4, self.size_px // 8, self.size_px // 8)
             noise = self._noise(seeds[start : start + batch])
-            nulls = stack(null.rows() * len(part))
-            parts.append(self._draw(noise, condition, text, nulls, False, steps, guidance_scale, 1.0))
+            # A distilled network takes no guidance, so its null states would be encoded for nothing.
+            null = text if self.distilled_steps else stack(self.encoder.generate([None]).rows() * len(part))
+            parts.append(self._draw(noise, condition, text, null, False, steps, guidance_scale, 1.0))
         return np.concatenate(parts)
 
     def edit(
@@ -73,7 +75,7 @@ class Sampler:
             sources = [square(image, self.size_px) for image in images[start : start + batch]]
             texts = list(instructions[start : start + batch])
             text = self.encoder.edit(sources, list(texts))
-            null = self.encoder.edit(sources, [None] * len(sources))
+            null = text if self.distilled_steps else self.encoder.edit(sources, [None] * len(sources))
             condition = self.encode_images(sources)
             noise = self._noise(seeds[start : start + batch])
             parts.append(
@@ -84,8 +86,7 @@ class Sampler:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Latents [N, 4, H/8, W/8] of RGB squares."""
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        return self.vae.encoder(pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
+        return self.vae.encoder(to_tensor(np.stack([np.asarray(image) for image in images])))
 
     def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
         return keyed_normal(NOISE_KEY, list(seeds), (4, self.size_px // 8, self.size_px // 8))
@@ -108,5 +109,4 @@ class Sampler:
         is_edit = torch.full((len(noise),), edit)
         velocity = guided_velocity(self.unet, condition, text, null, is_edit, self.size_px, scale, image_scale)
         latents = sample(velocity, noise, deployed_sigmas(steps, side, side))
-        images = self.vae.decoder(latents)
-        return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return to_uint8(self.vae.decoder(latents))

@@ -9,6 +9,7 @@ import torch
 from dreamlite_data import scenes
 from trainers.conditioning import PromptEncoder, as_image
 from trainers.data import Row, TrainingRows, state_key
+from trainers.pixels import to_tensor
 
 
 class SceneRows(TrainingRows):
@@ -36,8 +37,8 @@ class SceneRows(TrainingRows):
             names = list(images)
             for start in range(0, len(names), 64):
                 part = names[start : start + 64]
-                pixels = torch.from_numpy(np.stack([images[name] for name in part])).permute(0, 3, 1, 2)
-                self.latents.values |= zip(part, vae.encoder(pixels.float() / 127.5 - 1).flatten(1), strict=True)
+                pixels = to_tensor(np.stack([images[name] for name in part]))
+                self.latents.values |= zip(part, vae.encoder(pixels).flatten(1), strict=True)
         for start in range(0, len(self.rows), 64):
             part = self.rows[start : start + 64]
             for text in (True, False):

@@ -47,7 +47,6 @@ def train_components(settings: ComponentsSettings, output: Path) -> Path:
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(output / "tokenizer")
     processor = build_processor(tokenizer, image_px=CANVAS_PX, patch_px=PATCH_PX)
-    processor.image_processor.save_pretrained(output / "processor")
     processor.save_pretrained(output / "processor")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(output / "scheduler")
     if not (output / "vae" / "record.json").is_file():

@@ -24,6 +24,7 @@ from trainers.conditioning import (
     hidden_states,
     stack,
 )
+from trainers.pixels import to_tensor
 from trainers.processor import SquareImageProcessor
 
 FIELDS = {
@@ -208,8 +209,7 @@ def patchify(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """
     count, height, width, _ = images.shape
     rows, columns = height // PATCH_PX, width // PATCH_PX
-    pixels = torch.from_numpy(images).float().div(127.5).sub(1).permute(0, 3, 1, 2)
-    blocks = pixels.reshape(count, 3, rows // 2, 2, PATCH_PX, columns // 2, 2, PATCH_PX)
+    blocks = to_tensor(images).reshape(count, 3, rows // 2, 2, PATCH_PX, columns // 2, 2, PATCH_PX)
     patches = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
     return patches.reshape(count * rows * columns, -1), torch.tensor([[1, rows, columns]] * count)
 

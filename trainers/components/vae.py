@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dreamlite_data import scenes
 from dreamlite_data.scenes.render import background
+from trainers.pixels import to_tensor, to_uint8
 
 OBJECT_WEIGHT = 8.0
 ENCODER_SHARE = 0.15  # first share of the steps, in which only the encoder learns, against the linear decoder
@@ -50,7 +51,8 @@ def build_vae(
     for step in range(steps):
         drawn = [scenes.sample_scene(rng) for _ in range(batch)]
         pixels = np.stack([scenes.render(scene) for scene in drawn])
-        images, weight = to_tensor(pixels), object_weight(pixels, drawn)
+        images = to_tensor(pixels).contiguous(memory_format=torch.channels_last)
+        weight = object_weight(pixels, drawn)
         latents = model.encoder(images)
         loss_pixel = loss_edge = torch.zeros(())
         if start is not None or step >= steps * ENCODER_SHARE:
@@ -113,13 +115,3 @@ def measure_vae(model: AutoencoderTiny, *, seed: int, count: int = 512) -> dict[
         metrics[f"scenes_read{name}"] = right / count
         metrics[f"mean_absolute_error{name}"] = float(np.abs(decoded.astype(int) - images).mean())
     return metrics
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """float [N, 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
-    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

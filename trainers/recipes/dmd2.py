@@ -12,7 +12,6 @@ from trainers.data import Batch, Plan, TrainingRows
 from trainers.flow import (
     data_from_velocity,
     deployed_sigmas,
-    guided_velocity,
     interpolate,
     keyed_normal,
     keyed_uniform,
@@ -113,16 +112,7 @@ class DMD2Recipe:
         times = settings.score_time_low + span * keyed_uniform((*self.key, 11), batch.positions, 1)[:, 0]
         noise = keyed_normal((*self.key, 12), batch.positions, tuple(data.shape[1:]))
         x = interpolate(data, noise, times)
-        guided = guided_velocity(
-            self.teacher,
-            batch.condition,
-            batch.text,
-            batch.null,
-            batch.is_edit,
-            self.rows.size_px,
-            settings.guidance_scale,
-            settings.image_guidance_scale,
-        )
+        guided = batch.guided(self.teacher, self.rows.size_px, settings)
         real = data_from_velocity(x, guided(x, times), times)
         fake_velocity = predict(self.fake, x, times, batch.condition, batch.text, self.rows.size_px)
         fake = data_from_velocity(x, fake_velocity, times)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dreamlite_data.rewards import RewardModel
 from trainers.data import Batch, Plan, TrainingRows
-from trainers.flow import data_from_velocity, deployed_sigmas, guided_velocity, keyed_normal, keyed_uniform, predict
+from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
 from trainers.loop import Ema, optimizer_step
 from trainers.settings import ReFLSettings
 
@@ -59,10 +59,8 @@ class ReFLRecipe:
         batch = self._batch(task, index)
         draw = keyed_uniform((*self.key, 5), [index], 1).item()
         exit_index = self.exits[int(draw * len(self.exits))]
-        x = self._rollout(self.unet, batch, exit_index)
-        t = torch.full((len(x),), self.sigmas[exit_index])
-        velocity = predict(self.unet, x, t, batch.condition, batch.text, self.rows.size_px)
-        reward = self._reward(task, batch, data_from_velocity(x, velocity, t))
+        x, t, velocity, data = self._estimate(self.unet, batch, exit_index)
+        reward = self._reward(task, batch, data)
         mean, spread = self.baseline[task]
         scaled = (reward - mean) / spread
         with torch.no_grad():
@@ -87,20 +85,17 @@ class ReFLRecipe:
         indices, positions = self.plans[task].indices(index // 2)
         return self.rows.batch(indices, positions, with_target=False)
 
+    def _estimate(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> tuple[torch.Tensor, ...]:
+        """(x, t, velocity, clean estimate) at step `stop` of the rollout; only the last network call has a graph."""
+        x = self._rollout(unet, batch, stop)
+        t = torch.full((len(x),), self.sigmas[stop])
+        velocity = predict(unet, x, t, batch.condition, batch.text, self.rows.size_px)
+        return x, t, velocity, data_from_velocity(x, velocity, t)
+
     @torch.no_grad()
     def _rollout(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> torch.Tensor:
         """Guided Euler steps 0..stop-1 exactly as deployed."""
-        settings = self.settings
-        velocity = guided_velocity(
-            unet,
-            batch.condition,
-            batch.text,
-            batch.null,
-            batch.is_edit,
-            self.rows.size_px,
-            settings.guidance_scale,
-            settings.image_guidance_scale,
-        )
+        velocity = batch.guided(unet, self.rows.size_px, self.settings)
         x = keyed_normal((*self.key, 6), batch.positions, tuple(batch.condition.shape[1:]))
         for sigma, following in zip(self.sigmas[:stop], self.sigmas[1 : stop + 1], strict=True):
             x = x + (following - sigma) * velocity(x, sigma)
@@ -120,10 +115,8 @@ class ReFLRecipe:
         scores = []
         for index in range(BASELINE_BATCHES):
             batch = self._batch(task, 2 * index)
-            x = self._rollout(self.reference, batch, self.exits[-1])
-            t = torch.full((len(x),), self.sigmas[self.exits[-1]])
-            velocity = predict(self.reference, x, t, batch.condition, batch.text, self.rows.size_px)
-            scores.append(self._reward(task, batch, data_from_velocity(x, velocity, t)))
+            *_, data = self._estimate(self.reference, batch, self.exits[-1])
+            scores.append(self._reward(task, batch, data))
         joined = torch.cat(scores)
         return joined.mean().item(), max(joined.std().item(), 1e-3)
 
