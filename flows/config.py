@@ -31,7 +31,7 @@ class ExecSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    threads: int | None = Field(None, ge=1, description="torch threads of a training process; None leaves torch's own choice")
+    threads: int | None = Field(None, ge=1, description="threads that share a batch on CPUs; None takes one for each processor")
     engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
 
 

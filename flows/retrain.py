@@ -42,6 +42,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
     rewarded = stage == "refl"
 
     def run(ctx: StepContext) -> StepResult:
+        from trainers.parallel import use_threads
         from trainers.stages import train_stage
 
         use_threads(config.exec.threads)
@@ -93,6 +94,7 @@ def evaluate_step(config: PipelineConfig, stage: str) -> Step:
     """Judge one stage's checkpoint on held-out rows."""
 
     def run(ctx: StepContext) -> StepResult:
+        from trainers.parallel import use_threads
         from trainers.stages import evaluate_checkpoint
 
         use_threads(config.exec.threads)
@@ -220,11 +222,3 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
                 continue  # a line cut off by kill -9; training wrote it again on resume
             found[item["name"], item["position"]] = {key: item[key] for key in ("name", "position", "value")}
     return list(found.values())
-
-
-def use_threads(threads: int | None) -> None:
-    """Limit torch to `threads`, where the config says so."""
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)

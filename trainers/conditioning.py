@@ -4,6 +4,7 @@ The strings and their order are part of every checkpoint: training and the stock
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -137,10 +138,13 @@ def hidden_states(
     transformers 4.57 (before the norm) and 5 (after it).
     """
     captured: list[torch.Tensor] = []
-    layer = model.model.language_model.layers[-1]
-    handle = layer.register_forward_hook(
-        lambda _module, _inputs, output: captured.append(output[0] if isinstance(output, tuple) else output)
-    )
+    layer, caller = model.model.language_model.layers[-1], threading.get_ident()
+
+    def capture(_module: torch.nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
+        if threading.get_ident() == caller:  # other threads may run the same model now
+            captured.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(capture)
     try:
         output = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **vision)
     finally:

@@ -23,6 +23,8 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.progress import Progress
 from trainers.conditioning import Embeddings, PromptEncoder, stack
 from trainers.flow import Velocity, guided_velocity, keyed_uniform
+from trainers.model import latent_scale
+from trainers.parallel import map_threads
 from trainers.pixels import to_tensor
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 
@@ -58,6 +60,11 @@ class Batch:
     rows: list[Row]
     positions: list[int]
 
+    def split(self, size: int) -> list[Batch]:
+        """Consecutive parts of at most `size` rows."""
+        starts = range(0, len(self.rows), size)
+        return [dataclasses.replace(self, **{name: _rows_of(value, start, size) for name, value in vars(self).items()}) for start in starts]
+
     def guided(self, unet: DreamLiteUNetModel, size_px: int, settings: ReFLSettings | DMD2Settings) -> Velocity:
         """The deployed guidance on these rows, with the scales that a recipe's settings name."""
         return guided_velocity(
@@ -70,6 +77,12 @@ class Batch:
             settings.guidance_scale,
             settings.image_guidance_scale,
         )
+
+
+def _rows_of(value: torch.Tensor | Embeddings | list, start: int, size: int) -> torch.Tensor | Embeddings | list:
+    """Rows `start` to `start + size` of one field of a batch."""
+    rows = slice(start, start + size)
+    return Embeddings(value.states[rows], value.mask[rows]) if isinstance(value, Embeddings) else value[rows]
 
 
 class TensorCache:
@@ -95,10 +108,9 @@ class TensorCache:
             for start in range(0, len(missing), PART_ROWS):
                 part = missing[start : start + PART_ROWS]
                 tensors: list[torch.Tensor] = []
-                for offset in range(0, len(part), ENCODE_ROWS):
-                    chunk = part[offset : offset + ENCODE_ROWS]
-                    tensors += [tensor.to(torch.float16) for tensor in encode(chunk)]
-                    bar.advance(len(chunk))
+                for encoded in map_threads(encode, [part[at : at + ENCODE_ROWS] for at in range(0, len(part), ENCODE_ROWS)]):
+                    tensors += [tensor.to(torch.float16) for tensor in encoded]
+                    bar.advance(len(encoded))
                 self._write([keys[index] for index in part], tensors)
 
     def get(self, keys: Sequence[str]) -> list[torch.Tensor]:
@@ -131,6 +143,7 @@ class TrainingRows:
         encode_images: bool = True,
     ) -> None:
         self.lake, self.size_px = lake, size_px
+        self.side = size_px // latent_scale(vae)
         self.rows = read_rows(lake, datasets, split=split, limit=limit)
         self.by_task = {
             task: [index for index, row in enumerate(self.rows) if row.task == task] for task in ("generate", "edit")
@@ -146,15 +159,13 @@ class TrainingRows:
         self._fill_states(encoder)
 
     def latent(self, image_ids: Sequence[str]) -> torch.Tensor:
-        """Latents [N, 4, H, W] of images."""
-        side = self.size_px // 8
-        return torch.stack([tensor.reshape(4, side, side) for tensor in self.latents.get(list(image_ids))])
+        """Latents [N, 4, side, side] of images."""
+        return torch.stack([tensor.reshape(4, self.side, self.side) for tensor in self.latents.get(list(image_ids))])
 
     def batch(self, indices: Sequence[int], positions: Sequence[int], *, with_target: bool = True) -> Batch:
         """Assemble rows; `with_target=False` leaves `latents` zero (prompts of ReFL and DMD2 need no target)."""
         rows = [self.rows[index] for index in indices]
-        side = self.size_px // 8
-        zeros = torch.zeros(len(rows), 4, side, side)
+        zeros = torch.zeros(len(rows), 4, self.side, self.side)
         condition = zeros.clone()
         edits = [index for index, row in enumerate(rows) if row.task == "edit"]
         if edits:
@@ -165,7 +176,7 @@ class TrainingRows:
             text=stack(self.states.get([state_key(row, row.text) for row in rows])),
             null=stack(self.states.get([state_key(row, None) for row in rows])),
             is_edit=torch.tensor([row.task == "edit" for row in rows]),
-            weight=torch.stack([foreground(row, side) for row in rows]),
+            weight=torch.stack([foreground(row, self.side) for row in rows]),
             rows=rows,
             positions=list(positions),
         )

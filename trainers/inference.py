@@ -15,10 +15,12 @@ from PIL import Image
 from trainers.conditioning import Embeddings, PromptEncoder, stack
 from trainers.data import square
 from trainers.flow import deployed_sigmas, guided_velocity, keyed_normal, sample
-from trainers.model import load_facts, load_unet, load_vae
+from trainers.model import latent_scale, load_facts, load_unet, load_vae
+from trainers.parallel import map_threads
 from trainers.pixels import to_tensor, to_uint8
 
 NOISE_KEY = (0x6E, 0x6F)
+BATCH = 16
 
 
 @dataclasses.dataclass
@@ -43,20 +45,26 @@ class Sampler:
             distilled_steps=facts["distilled_steps"],
         )
 
+    @property
+    def side(self) -> int:
+        """Width of a panel in latents."""
+        return self.size_px // latent_scale(self.vae)
+
     def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, batch: int = 64
+        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, batch: int = BATCH
     ) -> np.ndarray:
         """Text to image: uint8 [N, H, W, 3]; row i depends on its prompt and seed alone."""
-        parts = []
-        for start in range(0, len(prompts), batch):
+
+        def draw(start: int) -> np.ndarray:
             part = list(prompts[start : start + batch])
             text = self.encoder.generate(part)
-            condition = torch.zeros(len(part), 4, self.size_px // 8, self.size_px // 8)
+            condition = torch.zeros(len(part), 4, self.side, self.side)
             noise = self._noise(seeds[start : start + batch])
             # A distilled network takes no guidance, so its null states would be encoded for nothing.
             null = text if self.distilled_steps else stack(self.encoder.generate([None]).rows() * len(part))
-            parts.append(self._draw(noise, condition, text, null, False, steps, guidance_scale, 1.0))
-        return np.concatenate(parts)
+            return self._draw(noise, condition, text, null, False, steps, guidance_scale, 1.0)
+
+        return np.concatenate(list(map_threads(draw, range(0, len(prompts), batch))))
 
     def edit(
         self,
@@ -67,29 +75,28 @@ class Sampler:
         steps: int,
         guidance_scale: float,
         image_guidance_scale: float,
-        batch: int = 64,
+        batch: int = BATCH,
     ) -> np.ndarray:
         """Edit by instruction: uint8 [N, H, W, 3]; sources are cropped to a square of the checkpoint's size."""
-        parts = []
-        for start in range(0, len(images), batch):
+
+        def draw(start: int) -> np.ndarray:
             sources = [square(image, self.size_px) for image in images[start : start + batch]]
             texts = list(instructions[start : start + batch])
             text = self.encoder.edit(sources, list(texts))
             null = text if self.distilled_steps else self.encoder.edit(sources, [None] * len(sources))
             condition = self.encode_images(sources)
             noise = self._noise(seeds[start : start + batch])
-            parts.append(
-                self._draw(noise, condition, text, null, True, steps, guidance_scale, image_guidance_scale)
-            )
-        return np.concatenate(parts)
+            return self._draw(noise, condition, text, null, True, steps, guidance_scale, image_guidance_scale)
+
+        return np.concatenate(list(map_threads(draw, range(0, len(images), batch))))
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Latents [N, 4, H/8, W/8] of RGB squares."""
+        """Latents [N, 4, side, side] of RGB squares."""
         return self.vae.encoder(to_tensor(np.stack([np.asarray(image) for image in images])))
 
     def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
-        return keyed_normal(NOISE_KEY, list(seeds), (4, self.size_px // 8, self.size_px // 8))
+        return keyed_normal(NOISE_KEY, list(seeds), (4, self.side, self.side))
 
     @torch.no_grad()
     def _draw(
@@ -105,8 +112,7 @@ class Sampler:
     ) -> np.ndarray:
         if self.distilled_steps:
             steps, scale, image_scale = self.distilled_steps, 1.0, 1.0
-        side = self.size_px // 8
         is_edit = torch.full((len(noise),), edit)
         velocity = guided_velocity(self.unet, condition, text, null, is_edit, self.size_px, scale, image_scale)
-        latents = sample(velocity, noise, deployed_sigmas(steps, side, side))
+        latents = sample(velocity, noise, deployed_sigmas(steps, self.side, self.side))
         return to_uint8(self.vae.decoder(latents))

@@ -7,14 +7,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from dreamlite_data.progress import Progress
+from trainers.data import Batch
+from trainers.parallel import map_threads
 
 LOG_EVERY = 10
 
@@ -87,12 +89,34 @@ def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_ever
     return {name: sum(values[-tail:]) / len(values[-tail:]) for name, values in window.items()}
 
 
-def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], loss: torch.Tensor, clip_norm: float, rate: float
-) -> float:
-    """Back-propagate `loss`, clip, step at learning rate `rate`; returns the gradient norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def batch_gradient(
+    parameters: Sequence[nn.Parameter], batch: Batch, micro_batch: int, loss: Callable[[Batch], tuple[torch.Tensor, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Set `.grad` to the gradient of the mean over the batch; `loss` of a micro-batch returns its mean and what to log.
+
+    Micro-batches run side by side on the threads there are and are summed in their order, so threads change no bit.
+    """
+
+    def one(part: Batch) -> tuple[tuple[torch.Tensor | None, ...], dict[str, Any]]:
+        value, logs = loss(part)
+        share = len(part.rows) / len(batch.rows)
+        gradients = torch.autograd.grad(value * share, parameters, allow_unused=True)
+        return gradients, {"loss": value.item(), **logs}
+
+    results = list(map_threads(one, batch.split(micro_batch)))
+    for index, parameter in enumerate(parameters):
+        found = [gradients[index] for gradients, _ in results if gradients[index] is not None]
+        parameter.grad = sum(found[1:], start=found[0]) if found else None
+    return [logs for _, logs in results]
+
+
+def mean_logs(logs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each value over micro-batches of one size."""
+    return {name: sum(values[name] for values in logs) / len(logs) for name in logs[0]}
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_norm: float, rate: float) -> float:
+    """Clip the gradients, step at learning rate `rate`; returns the gradient norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -19,8 +19,8 @@ PARTS = ("vae", "text_encoder", "tokenizer", "processor", "scheduler")
 FACTS_FILE = "dreamlite.json"
 
 
-def unet_config(settings: ModelSettings, text_width: int) -> dict[str, Any]:
-    """Keyword arguments of `DreamLiteUNetModel`; `text_width` is the encoder's hidden size."""
+def unet_config(settings: ModelSettings, text_width: int, side: int) -> dict[str, Any]:
+    """Keyword arguments of `DreamLiteUNetModel`: `text_width` is the encoder's hidden size, `side` a panel's in latents."""
     shared = {
         "in_channels": 4,
         "out_channels": 4,
@@ -39,7 +39,7 @@ def unet_config(settings: ModelSettings, text_width: int) -> dict[str, Any]:
     }
     if settings.preset == "official":  # the released dreamlite.json
         return shared | {
-            "sample_size": 128,
+            "sample_size": side,
             "block_out_channels": (256, 512, 896),
             "layers_per_block": 2,
             "transformer_layers_per_block": (1, 2, 4),
@@ -57,14 +57,15 @@ def unet_config(settings: ModelSettings, text_width: int) -> dict[str, Any]:
         }
     levels = len(settings.channels)
     return shared | {
-        "sample_size": settings.size_px // 8,
+        "sample_size": side,
         "block_out_channels": settings.channels,
         "layers_per_block": settings.layers,
         "transformer_layers_per_block": (1,) * levels,
         "attention_head_dim": tuple(width // settings.head_width for width in settings.channels),
-        # Self-attention at every level: at 8 x 16 latents it is what copies from the right panel.
-        "down_block_types": ("CrossAttnDownBlock2D",) * levels,
-        "up_block_types": ("CrossAttnUpBlock2D",) * levels,
+        # The official pattern with fewer levels: words everywhere, self-attention (which copies from the right panel) only
+        # below full resolution, and no attention at all in the last block.
+        "down_block_types": ("CrossAttnDownRemoveSelfAttnBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+        "up_block_types": ("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
         "norm_num_groups": 16,
         "cross_attention_dim": text_width,
         "addition_time_embed_dim": 32,
@@ -72,11 +73,11 @@ def unet_config(settings: ModelSettings, text_width: int) -> dict[str, Any]:
     }
 
 
-def build_unet(settings: ModelSettings, text_width: int, seed: int = 0) -> DreamLiteUNetModel:
+def build_unet(settings: ModelSettings, text_width: int, side: int, seed: int = 0) -> DreamLiteUNetModel:
     """A fresh UNet with seeded weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return DreamLiteUNetModel(**unet_config(settings, text_width))
+        return DreamLiteUNetModel(**unet_config(settings, text_width, side))
 
 
 def load_unet(checkpoint: Path) -> DreamLiteUNetModel:
@@ -88,6 +89,11 @@ def load_vae(folder: Path) -> AutoencoderTiny:
     """The frozen VAE of a components or checkpoint folder, float32."""
     vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
+
+
+def latent_scale(vae: AutoencoderTiny) -> int:
+    """Pixels a latent cell is wide: 8 for the released VAE, 4 for the small world's."""
+    return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
 
 
 def load_facts(folder: Path) -> dict[str, Any]:

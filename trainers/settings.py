@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+OptimizerName = Literal["adamw", "muon"]
+
+
 class ComponentsSettings(StrictSettings):
     """Where the frozen parts (VAE, text encoder, rewards) come from."""
 
@@ -30,7 +33,7 @@ class ComponentsSettings(StrictSettings):
         description="`packaged` (trained by this project, kept in the package), `train` (train them now) or the path of a"
         " folder with vae/, text_encoder/, tokenizer/, processor/, scheduler/, rewards/generate and rewards/edit",
     )
-    vae_steps: int = Field(2_400, gt=0, description="steps of the VAE's first of four cycles when source is `train`")
+    vae_steps: int = Field(4_000, gt=0, description="steps of the VAE when source is `train`")
     text_encoder_steps: int = Field(2_000, gt=0, description="steps of the text encoder when source is `train`")
     reward_steps: int = Field(2_000, gt=0, description="steps of each reward model when source is `train`")
     seed: int = 0
@@ -42,7 +45,7 @@ class ModelSettings(StrictSettings):
     preset: Literal["small", "official"] = "small"
     hidden_state: Literal["pre_norm", "post_norm"] = "post_norm"
     size_px: int = Field(64, gt=0, multiple_of=8, description="side of the square panel")
-    channels: tuple[int, ...] = (64, 128)
+    channels: tuple[int, ...] = Field((32, 64, 96), min_length=2, description="width of each level of the small UNet")
     layers: int = Field(1, gt=0, description="resnet and attention layers of each down block")
     head_width: int = 32
 
@@ -54,6 +57,8 @@ class SupervisedSettings(StrictSettings):
     datasets: tuple[str, ...] = Field(description="names of the dataset versions it reads")
     steps: int = Field(gt=0)
     batch: int = Field(32, gt=0)
+    micro_batch: int = Field(8, gt=0, description="rows of a batch whose graph is held at once; on CPUs, one thread's share")
+    optimizer: OptimizerName = Field("adamw", description="muon learns the small world in half the steps; adamw is the safe choice")
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     final_learning_rate_share: float = Field(0.1, ge=0, le=1, description="cosine decay ends at this share of the rate")
@@ -81,6 +86,7 @@ class ReFLSettings(StrictSettings):
     datasets: tuple[str, ...] = ("rl",)
     steps: int = Field(gt=0)
     batch: int = Field(16, gt=0)
+    micro_batch: int = Field(8, gt=0)
     rollout_steps: int = Field(8, gt=1, description="deployed Euler steps of the guided rollout")
     sigma_low: float = Field(0.05, ge=0, description="the gradient step is drawn among steps with sigma in this range")
     sigma_high: float = Field(0.6, le=1)
@@ -101,6 +107,7 @@ class DMD2Settings(StrictSettings):
     datasets: tuple[str, ...] = ("t2i", "edit")
     steps: int = Field(gt=0, description="student steps")
     batch: int = Field(32, gt=0)
+    micro_batch: int = Field(8, gt=0)
     student_steps: int = Field(4, gt=0, description="steps of the deployed sampler")
     fake_steps: int = Field(3, gt=0, description="steps of the fake score for each step of the student")
     fake_warmup_steps: int = Field(30, ge=0)

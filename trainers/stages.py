@@ -20,7 +20,7 @@ from trainers.data import TrainingRows
 from trainers.evaluate import evaluate_images, velocity_loss
 from trainers.inference import Sampler
 from trainers.loop import run
-from trainers.model import build_unet, load_facts, load_unet, load_vae, save_checkpoint
+from trainers.model import build_unet, latent_scale, load_facts, load_unet, load_vae, save_checkpoint
 from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
@@ -70,7 +70,7 @@ def train_stage(
     encoder = PromptEncoder.load(components, model.hidden_state)
     vae = load_vae(components)
     if parent is None:
-        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, seed)
+        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae), seed)
     else:
         check_hidden_state(parent, model)
         unet = load_unet(parent)

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3VLForConditionalGeneration
 
-from trainers.components.text_encoder import text_encoder_config
+from trainers.components.text_encoder import IMAGE_PX, PATCH_PX, text_encoder_config
 from trainers.components.tokenizer import build_processor, build_tokenizer
 from trainers.flow import SCHEDULER_CONFIG
 from trainers.model import build_unet, save_checkpoint
@@ -25,7 +25,7 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("components")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
-    build_processor(tokenizer, image_px=64, patch_px=8).save_pretrained(folder / "processor")
+    build_processor(tokenizer, image_px=IMAGE_PX, patch_px=PATCH_PX).save_pretrained(folder / "processor")
     config = text_encoder_config(tokenizer, hidden=64, layers=2, vision_layers=1, vision_hidden=32)
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
     AutoencoderTiny(
@@ -42,7 +42,7 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(components: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint for the base pipeline and one for the mobile pipeline, of the same weights."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    unet = build_unet(TINY_MODEL, 64, seed=1)
+    unet = build_unet(TINY_MODEL, 64, 8, seed=1)
     for name, steps in (("base", None), ("mobile", 4)):
         facts = {"stage": name, "hidden_state": "post_norm", "size_px": 64, "distilled_steps": steps}
         save_checkpoint(unet, components, folder / name, facts=facts, distilled=steps is not None)

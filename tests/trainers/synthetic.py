@@ -9,6 +9,7 @@ import torch
 from dreamlite_data import scenes
 from trainers.conditioning import PromptEncoder, as_image
 from trainers.data import Row, TrainingRows, state_key
+from trainers.model import latent_scale
 from trainers.pixels import to_tensor
 
 
@@ -18,6 +19,7 @@ class SceneRows(TrainingRows):
     def __init__(self, count: int, vae, encoder: PromptEncoder, seed: int = 0) -> None:  # noqa: ANN001
         rng = np.random.default_rng(seed)
         self.size_px, self.rows, images = 64, [], {}
+        self.side = 64 // latent_scale(vae)
         for index in range(count):
             scene = scenes.sample_scene(rng)
             edit = scenes.sample_edit(scene, rng)

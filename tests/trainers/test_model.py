@@ -14,7 +14,7 @@ def test_official_configuration_has_the_released_number_of_parameters():
     from diffusers import DreamLiteUNetModel
 
     with torch.device("meta"):
-        official = DreamLiteUNetModel(**unet_config(ModelSettings(preset="official", size_px=1024), 2048))
+        official = DreamLiteUNetModel(**unet_config(ModelSettings(preset="official", size_px=1024), 2048, 128))
         defaults = DreamLiteUNetModel()
     count = sum(parameter.numel() for parameter in official.parameters())
     assert count == OFFICIAL_PARAMETERS
@@ -22,7 +22,7 @@ def test_official_configuration_has_the_released_number_of_parameters():
 
 
 def test_loss_sees_the_left_panel_and_the_left_panel_sees_the_source():
-    unet = build_unet(TINY_MODEL, 64)
+    unet = build_unet(TINY_MODEL, 64, 8)
     x, condition = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     text = Embeddings(torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.long))
     t = torch.tensor([0.3, 0.8])
@@ -33,7 +33,7 @@ def test_loss_sees_the_left_panel_and_the_left_panel_sees_the_source():
 
 
 def test_masked_text_changes_nothing():
-    unet = build_unet(TINY_MODEL, 64)
+    unet = build_unet(TINY_MODEL, 64, 8)
     x = torch.randn(1, 4, 8, 8)
     mask = torch.tensor([[1, 1, 1, 0, 0]])
     states = torch.randn(1, 5, 64)

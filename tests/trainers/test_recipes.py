@@ -26,7 +26,7 @@ def rows(components):
 
 
 def fresh(seed=0):
-    return build_unet(TINY_MODEL, 64, seed)
+    return build_unet(TINY_MODEL, 64, 8, seed)
 
 
 def test_supervised_overfits_a_batch_and_a_frozen_network_does_not(rows):

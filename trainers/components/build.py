@@ -12,11 +12,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dreamlite_data.progress import Progress
-from dreamlite_data.scenes import CANVAS_PX
 from trainers.components.reward import build_reward
-from trainers.components.text_encoder import PATCH_PX, build_text_encoder
+from trainers.components.text_encoder import IMAGE_PX, PATCH_PX, build_text_encoder
 from trainers.components.tokenizer import build_processor, build_tokenizer
-from trainers.components.vae import CYCLES, build_vae
+from trainers.components.vae import build_vae
 from trainers.flow import SCHEDULER_CONFIG
 from trainers.settings import ComponentsSettings
 
@@ -46,23 +45,18 @@ def train_components(settings: ComponentsSettings, output: Path) -> Path:
     """Train every part that `output` does not hold yet: each is saved when it is done, so a killed run goes on."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(output / "tokenizer")
-    processor = build_processor(tokenizer, image_px=CANVAS_PX, patch_px=PATCH_PX)
+    processor = build_processor(tokenizer, image_px=IMAGE_PX, patch_px=PATCH_PX)
     processor.save_pretrained(output / "processor")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(output / "scheduler")
     if not (output / "vae" / "record.json").is_file():
-        vae = None
-        for number, (share, noise, rate) in enumerate(CYCLES):
-            steps = int(settings.vae_steps * share)
-            with _logged(f"VAE, cycle {number + 1}", steps) as log:
-                vae, metrics = build_vae(
-                    steps=steps, seed=settings.seed + number, start=vae, latent_noise=noise, peak_rate=rate, log=log
-                )
+        with _logged("VAE", settings.vae_steps) as log:
+            vae, metrics = build_vae(steps=settings.vae_steps, seed=settings.seed, log=log)
         vae.save_pretrained(output / "vae")
         _record(output / "vae", settings.vae_steps, settings.seed, metrics)
     if not (output / "text_encoder" / "record.json").is_file():
         with _logged("text encoder", settings.text_encoder_steps) as log:
             encoder, metrics = build_text_encoder(
-                tokenizer, processor, phases=((settings.text_encoder_steps, 16, 16),), seed=settings.seed, log=log
+                tokenizer, processor, steps=settings.text_encoder_steps, seed=settings.seed, log=log
             )
         encoder.save_pretrained(output / "text_encoder")
         _record(output / "text_encoder", settings.text_encoder_steps, settings.seed, metrics)

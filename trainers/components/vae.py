@@ -1,4 +1,4 @@
-"""Train the small world's VAE: an `AutoencoderTiny` of the released layout (f8, 4 latent channels).
+"""Train the small world's VAE: an `AutoencoderTiny` with 4 latent channels at a quarter of the resolution (f4).
 Noise on the latents during training makes the decoder forgive the small errors of a diffusion model."""
 
 from __future__ import annotations
@@ -13,68 +13,89 @@ from torch.nn import functional as F
 
 from dreamlite_data import scenes
 from dreamlite_data.scenes.render import background
+from trainers.optimizer import Muon
 from trainers.pixels import to_tensor, to_uint8
 
+CHANNELS = 24
+BATCH = 24
+PEAK_RATE = 4e-3
+LATENT_NOISE = 0.15  # largest standard deviation of the noise on the latents, whose own is about 1
 OBJECT_WEIGHT = 8.0
-ENCODER_SHARE = 0.15  # first share of the steps, in which only the encoder learns, against the linear decoder
-CYCLES = ((1.0, 0.2, 5e-3), (0.625, 0.1, 5e-3), (0.625, 0.08, 3e-3), (0.4, 0.08, 3e-3))
-"""(share of the steps, latent noise, peak rate) of each training cycle; the noise is in units of the latents' spread."""
+ENCODER_SHARE = 0.06  # first share of the steps, in which only the encoder learns, against the linear decoder
+CROP_PX = 32
+"""The network is convolutional, so it learns on windows around objects: four times as many objects for the same work."""
+CROP_SHIFT_PX = 8
 
 
 def build_vae(
-    *, steps: int, batch: int = 16, channels: int = 16, seed: int = 0, start: AutoencoderTiny | None = None,
-    latent_noise: float = 0.2, peak_rate: float = 5e-3, log: Callable[[int, dict[str, float]], None]
+    *, steps: int, seed: int = 0, log: Callable[[int, dict[str, float]], None]
 ) -> tuple[AutoencoderTiny, dict[str, float]]:
     """Train on freshly drawn scenes; returns the model and its metrics on held-out ones.
 
+    f4 and not the released f8: trained alike for 1,450 steps, f8 gave back 34 % of the scenes exactly and f4 94 %. An
+    8 px cell holds most of a shape in four numbers, which both codec and diffusion model must then get exactly right.
     `scenes_read` is the share of held-out scenes that the verifier still reads exactly after a round trip,
     `scenes_read_noisy` the same with noise of standard deviation 0.15 on the latents.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 1))
-    model = start or AutoencoderTiny(
-        encoder_block_out_channels=(channels,) * 4,
-        decoder_block_out_channels=(channels,) * 4,
-        num_encoder_blocks=(1, 2, 3, 3),
-        num_decoder_blocks=(3, 3, 2, 1),
+    model = AutoencoderTiny(
+        encoder_block_out_channels=(CHANNELS,) * 3,
+        decoder_block_out_channels=(CHANNELS,) * 3,
+        num_encoder_blocks=(0, 1, 2),
+        num_decoder_blocks=(2, 1, 0),
         latent_channels=4,
         scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)
-    if start is None:
-        initialise(model)
+    initialise(model)
     # A throw-away linear decoder: its short path teaches the encoder colours long before the deep decoder can.
-    linear_decoder = nn.Sequential(nn.Conv2d(4, 48, 3, padding=1), nn.PixelShuffle(4))
+    linear_decoder = nn.Sequential(nn.Conv2d(4, 12, 3, padding=1), nn.PixelShuffle(2))
     parameters = [*model.parameters(), *linear_decoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, weight_decay=1e-4, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps, pct_start=0.02)
+    optimizer = Muon(model, linear_decoder, learning_rate=PEAK_RATE)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        drawn = [scenes.sample_scene(rng) for _ in range(batch)]
-        pixels = np.stack([scenes.render(scene) for scene in drawn])
-        images = to_tensor(pixels).contiguous(memory_format=torch.channels_last)
-        weight = object_weight(pixels, drawn)
+        done = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * min(1.0, done / 0.02 + 0.01) * max(0.01, 1 - done)
+        images, weight = draw_windows(rng)
         latents = model.encoder(images)
         loss_pixel = loss_edge = torch.zeros(())
-        if start is not None or step >= steps * ENCODER_SHARE:
-            level = latent_noise * min(1.0, 2 * step / steps) * torch.rand((batch, 1, 1, 1), generator=generator)
+        if done >= ENCODER_SHARE:
+            level = LATENT_NOISE * torch.rand((len(images), 1, 1, 1), generator=generator)
             error = model.decoder(latents + level * torch.randn(latents.shape, generator=generator)) - images
             loss_pixel = (weight * (error.abs() + 2 * error**2)).mean()
-            loss_edge = sum((weight.narrow(axis, 0, 63) * error.diff(dim=axis).abs()).mean() for axis in (2, 3))
+            loss_edge = sum((weight.narrow(axis, 0, CROP_PX - 1) * error.diff(dim=axis).abs()).mean() for axis in (2, 3))
         # White latents: zero mean, unit spread, no channel a copy of another. It is the scale that flow matching's
         # unit noise expects, and it keeps the code from collapsing to brightness.
         flat = latents.transpose(0, 1).flatten(1)
         loss_latent = ((torch.cov(flat) - torch.eye(len(flat))) ** 2).mean() + (flat.mean(1) ** 2).mean()
         small, small_weight = F.avg_pool2d(images, 2), F.avg_pool2d(weight, 2)
         loss_linear = (small_weight * (linear_decoder(latents) - small) ** 2).mean()
-        loss = loss_pixel + loss_edge + 0.1 * loss_latent + loss_linear
+        loss = loss_pixel + loss_edge + 0.5 * loss_latent + (1.0 if done < 0.3 else 0.2) * loss_linear
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            log(step + 1, {"loss": loss.item(), "pixel": loss_pixel.item(), "linear": loss_linear.item(), "latent": loss_latent.item()})
+            values = {"loss": loss, "pixel": loss_pixel, "edge": loss_edge, "linear": loss_linear, "latent": loss_latent}
+            log(step + 1, {name: float(value.detach()) for name, value in values.items()})
     return model, measure_vae(model, seed=seed + 1_000)
+
+
+def draw_windows(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """`BATCH` windows around the objects of fresh scenes: images [N, 3, CROP, CROP] in [-1, 1], weights [N, 1, CROP, CROP]."""
+    windows, weights = [], []
+    while len(windows) < BATCH:
+        scene = scenes.sample_scene(rng)
+        pixels = scenes.render(scene)
+        weight = object_weight(pixels[None], [scene])[0]
+        for item in scene.objects:
+            shift = rng.integers(-CROP_SHIFT_PX, CROP_SHIFT_PX + 1, 2)
+            left, top = np.clip(np.asarray(item.centre_px()) - CROP_PX / 2 + shift, 0, scenes.CANVAS_PX - CROP_PX).astype(int)
+            windows.append(pixels[top : top + CROP_PX, left : left + CROP_PX])
+            weights.append(weight[:, top : top + CROP_PX, left : left + CROP_PX])
+    images = to_tensor(np.stack(windows[:BATCH])).contiguous(memory_format=torch.channels_last)
+    return images, torch.stack(weights[:BATCH])
 
 
 def initialise(model: AutoencoderTiny) -> None:

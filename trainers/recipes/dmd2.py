@@ -17,7 +17,7 @@ from trainers.flow import (
     keyed_uniform,
     predict,
 )
-from trainers.loop import Ema, cosine_rate, optimizer_step
+from trainers.loop import Ema, batch_gradient, cosine_rate, mean_logs, optimizer_step
 from trainers.settings import DMD2Settings
 
 NORMALISER_FLOOR = 1e-6
@@ -34,8 +34,7 @@ class DMD2Recipe:
         self.fake = copy.deepcopy(self.student)
         self.rows, self.settings, self.key = rows, settings, key
         self.plan = Plan(rows, {"generate": 0.5, "edit": 0.5}, settings.batch, key)
-        side = rows.size_px // 8
-        self.sigmas = deployed_sigmas(settings.student_steps, side, side)
+        self.sigmas = deployed_sigmas(settings.student_steps, rows.side, rows.side)
         self.modules = {"student": self.student, "fake": self.fake}
         self.optimizers = {
             "student": torch.optim.AdamW(self.student.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
@@ -49,26 +48,21 @@ class DMD2Recipe:
         warmup = settings.fake_warmup_steps if index == 0 else 0
         fakes = [self._fake_step(index, number) for number in range(settings.fake_steps + warmup)]
         batch = self._batch(index, 0)
-        self.fake.requires_grad_(False)
-        data = self._student_data(batch, index, 0, gradient=True)
-        gradient, logs = self._matching_gradient(data.detach(), batch, index)
-        # d loss / d data = gradient / elements: the surrogate 0.5 |x - sg(x - g)|^2.
-        loss = 0.5 * ((data - (data.detach() - gradient)) ** 2).mean()
+
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+            data = self._student_data(part, index, 0, gradient=True)
+            gradient, logs = self._matching_gradient(data.detach(), part, index)
+            # d loss / d data = gradient / elements: the surrogate 0.5 |x - sg(x - g)|^2.
+            return 0.5 * ((data - (data.detach() - gradient)) ** 2).mean(), {"latent_std": data.detach().std().item(), **logs}
+
+        parameters = list(self.student.parameters())
+        logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
         rate = cosine_rate(
             index, steps=settings.steps, peak=settings.learning_rate, warmup=1, final_share=0.1
         )
-        norm = optimizer_step(
-            self.optimizers["student"], self.student.parameters(), loss, settings.clip_norm, rate
-        )
-        self.fake.requires_grad_(True)
+        norm = optimizer_step(self.optimizers["student"], parameters, settings.clip_norm, rate)
         self.ema.update(self.student)
-        return {
-            "loss": loss.item(),
-            "loss_fake": sum(fakes) / len(fakes),
-            "gradient_norm": norm,
-            "latent_std": data.detach().std().item(),
-            **logs,
-        }
+        return mean_logs(logs) | {"loss_fake": sum(fakes) / len(fakes), "gradient_norm": norm}
 
     def _batch(self, index: int, number: int) -> Batch:
         # Each inner step has rows of its own: the plan's step counts all of them.
@@ -90,17 +84,18 @@ class DMD2Recipe:
     def _fake_step(self, index: int, number: int) -> float:
         settings = self.settings
         batch = self._batch(index, 1 + number)
-        data = self._student_data(batch, index, 1 + number, gradient=False)
-        noise = keyed_normal((*self.key, 9, number), batch.positions, tuple(data.shape[1:]))
-        times = keyed_uniform((*self.key, 10, number), batch.positions, 1)[:, 0]
-        velocity = predict(
-            self.fake, interpolate(data, noise, times), times, batch.condition, batch.text, self.rows.size_px
-        )
-        loss = ((velocity - (noise - data)) ** 2).mean()
-        optimizer_step(
-            self.optimizers["fake"], self.fake.parameters(), loss, settings.clip_norm, settings.fake_learning_rate
-        )
-        return loss.item()
+
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+            data = self._student_data(part, index, 1 + number, gradient=False)
+            noise = keyed_normal((*self.key, 9, number), part.positions, tuple(data.shape[1:]))
+            times = keyed_uniform((*self.key, 10, number), part.positions, 1)[:, 0]
+            velocity = predict(self.fake, interpolate(data, noise, times), times, part.condition, part.text, self.rows.size_px)
+            return ((velocity - (noise - data)) ** 2).mean(), {}
+
+        parameters = list(self.fake.parameters())
+        logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
+        optimizer_step(self.optimizers["fake"], parameters, settings.clip_norm, settings.fake_learning_rate)
+        return mean_logs(logs)["loss"]
 
     @torch.no_grad()
     def _matching_gradient(

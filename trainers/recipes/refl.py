@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dreamlite_data.rewards import RewardModel
 from trainers.data import Batch, Plan, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
-from trainers.loop import Ema, optimizer_step
+from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
+from trainers.parallel import map_threads
 from trainers.settings import ReFLSettings
 
 BASELINE_BATCHES = 2  # batches of each task that fix the start model's mean and spread of reward
@@ -34,8 +35,7 @@ class ReFLRecipe:
         self.settings, self.key = settings, key
         self.reference = copy.deepcopy(unet).eval().requires_grad_(False)
         self.plans = {task: Plan(rows, {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
-        side = rows.size_px // 8
-        self.sigmas = deployed_sigmas(settings.rollout_steps, side, side)
+        self.sigmas = deployed_sigmas(settings.rollout_steps, rows.side, rows.side)
         self.exits = [
             index
             for index, sigma in enumerate(self.sigmas[:-1])
@@ -59,27 +59,28 @@ class ReFLRecipe:
         batch = self._batch(task, index)
         draw = keyed_uniform((*self.key, 5), [index], 1).item()
         exit_index = self.exits[int(draw * len(self.exits))]
-        x, t, velocity, data = self._estimate(self.unet, batch, exit_index)
-        reward = self._reward(task, batch, data)
         mean, spread = self.baseline[task]
-        scaled = (reward - mean) / spread
-        with torch.no_grad():
-            anchor = predict(self.reference, x, t, batch.condition, batch.text, self.rows.size_px)
-        drift = F.mse_loss(velocity, anchor)
-        hinge, active = hinge_loss(scaled, settings.hinge, settings.hinge_margin)
-        loss = settings.reward_weight * hinge + settings.velocity_weight * drift
-        norm = optimizer_step(
-            self.optimizers["unet"], self.unet.parameters(), loss, settings.clip_norm, settings.learning_rate
-        )
+
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+            x, t, velocity, data = self._estimate(self.unet, part, exit_index)
+            reward = self._reward(task, part, data)
+            scaled = (reward - mean) / spread
+            with torch.no_grad():
+                anchor = predict(self.reference, x, t, part.condition, part.text, self.rows.size_px)
+            drift = F.mse_loss(velocity, anchor)
+            hinge, active = hinge_loss(scaled, settings.hinge, settings.hinge_margin)
+            return settings.reward_weight * hinge + settings.velocity_weight * drift, {
+                f"reward_{task}": reward.mean().item(),
+                f"reward_{task}_scaled": scaled.mean().item(),
+                "active_share": active,
+                "drift": drift.item(),
+            }
+
+        parameters = list(self.unet.parameters())
+        logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
+        norm = optimizer_step(self.optimizers["unet"], parameters, settings.clip_norm, settings.learning_rate)
         self.ema.update(self.unet)
-        return {
-            "loss": loss.item(),
-            f"reward_{task}": reward.mean().item(),
-            f"reward_{task}_scaled": scaled.mean().item(),
-            "active_share": active,
-            "drift": drift.item(),
-            "gradient_norm": norm,
-        }
+        return mean_logs(logs) | {"gradient_norm": norm}
 
     def _batch(self, task: str, index: int) -> Batch:
         indices, positions = self.plans[task].indices(index // 2)
@@ -112,12 +113,13 @@ class ReFLRecipe:
 
     @torch.no_grad()
     def _baseline(self, task: str) -> tuple[float, float]:
-        scores = []
-        for index in range(BASELINE_BATCHES):
-            batch = self._batch(task, 2 * index)
-            *_, data = self._estimate(self.reference, batch, self.exits[-1])
-            scores.append(self._reward(task, batch, data))
-        joined = torch.cat(scores)
+        def score(part: Batch) -> torch.Tensor:
+            *_, data = self._estimate(self.reference, part, self.exits[-1])
+            return self._reward(task, part, data)
+
+        batches = [self._batch(task, 2 * index) for index in range(BASELINE_BATCHES)]
+        parts = [part for batch in batches for part in batch.split(self.settings.micro_batch)]
+        joined = torch.cat(list(map_threads(score, parts)))
         return joined.mean().item(), max(joined.std().item(), 1e-3)
 
 

@@ -8,7 +8,8 @@ from diffusers import DreamLiteUNetModel
 
 from trainers.data import Batch, Plan, TrainingRows, drop_conditions
 from trainers.flow import draw_times, interpolate, keyed_normal, keyed_uniform, predict
-from trainers.loop import Ema, cosine_rate, optimizer_step
+from trainers.loop import Ema, batch_gradient, cosine_rate, optimizer_step
+from trainers.optimizer import make_optimizer
 from trainers.settings import SupervisedSettings
 
 
@@ -20,8 +21,8 @@ class SupervisedRecipe:
     ) -> None:
         self.unet, self.rows, self.settings, self.key = unet.train(), rows, settings, key
         self.plan = Plan(rows, settings.tasks, settings.batch, key)
-        optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+        optimizer = make_optimizer(
+            settings.optimizer, unet, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
         self.ema = Ema(unet, settings.ema_decay)
@@ -30,7 +31,15 @@ class SupervisedRecipe:
         """One optimizer step on batch `index` of the plan."""
         settings = self.settings
         batch = drop_conditions(self.rows.batch(*self.plan.indices(index)), settings, self.key)
-        per_row = velocity_losses(self.unet, batch, settings, self.key, self.rows.size_px)
+        times = dict(zip(batch.positions, draw_batch_times(batch, settings, self.key), strict=True))
+
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            chosen = torch.stack([times[position] for position in part.positions])
+            per_row = velocity_losses(self.unet, part, chosen, settings, self.key, self.rows.size_px)
+            return per_row.mean(), {"per_row": per_row.detach()}
+
+        parameters = list(self.unet.parameters())
+        per_row = torch.cat([logs["per_row"] for logs in batch_gradient(parameters, batch, settings.micro_batch, loss)])
         rate = cosine_rate(
             index,
             steps=settings.steps,
@@ -38,29 +47,29 @@ class SupervisedRecipe:
             warmup=settings.warmup_steps,
             final_share=settings.final_learning_rate_share,
         )
-        loss = per_row.mean()
-        norm = optimizer_step(self.optimizers["unet"], self.unet.parameters(), loss, settings.clip_norm, rate)
+        norm = optimizer_step(self.optimizers["unet"], parameters, settings.clip_norm, rate)
         self.ema.update(self.unet)
-        metrics = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": rate}
+        metrics = {"loss": per_row.mean().item(), "gradient_norm": norm, "learning_rate": rate}
         for task, mask in (("generate", ~batch.is_edit), ("edit", batch.is_edit)):
             if mask.any():
-                metrics[f"loss_{task}"] = per_row.detach()[mask].mean().item()
+                metrics[f"loss_{task}"] = per_row[mask].mean().item()
         return metrics
 
 
-def velocity_losses(
-    unet: DreamLiteUNetModel, batch: Batch, settings: SupervisedSettings, key: tuple[int, ...], size_px: int
-) -> torch.Tensor:
-    """Flow-matching loss of each row [B]: mean over the left panel of weight x (v - (noise - data))^2.
-
-    Times are stratified over the batch, t_i = (i + u) / B before the law: unbiased, with less variance.
-    """
-    noise = keyed_normal((*key, 2), batch.positions, tuple(batch.latents.shape[1:]))
+def draw_batch_times(batch: Batch, settings: SupervisedSettings, key: tuple[int, ...]) -> torch.Tensor:
+    """One time a row [B], stratified over the batch, t_i = (i + u) / B before the law: unbiased, with less variance."""
     offset = keyed_uniform((*key, 3), batch.positions[:1], 1)[0, 0]
     count = len(batch.positions)
     strata = (torch.arange(count) + offset) / count
     order = torch.argsort(keyed_uniform((*key, 4), batch.positions, 1)[:, 0])  # no task owns a range of times
-    times = draw_times(strata[order], settings.timestep_law, settings.timestep_shift)
+    return draw_times(strata[order], settings.timestep_law, settings.timestep_shift)
+
+
+def velocity_losses(
+    unet: DreamLiteUNetModel, batch: Batch, times: torch.Tensor, settings: SupervisedSettings, key: tuple[int, ...], size_px: int
+) -> torch.Tensor:
+    """Flow-matching loss of each row [B]: mean over the left panel of weight x (v - (noise - data))^2."""
+    noise = keyed_normal((*key, 2), batch.positions, tuple(batch.latents.shape[1:]))
     velocity = predict(unet, interpolate(batch.latents, noise, times), times, batch.condition, batch.text, size_px)
     squared = (velocity - (noise - batch.latents)) ** 2
     if settings.foreground_weight:

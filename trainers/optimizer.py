@@ -1,0 +1,115 @@
+"""Muon for matrices and convolution kernels, AdamW for everything else, in one optimizer with one learning rate.
+`torch.optim.Muon` takes neither kernels nor float32 arithmetic, and bfloat16 products are slow on processors without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers.parallel import map_threads
+from trainers.settings import OptimizerName
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Quintic coefficients of K. Jordan's Muon (kellerjordan.github.io/posts/muon), also torch's defaults."""
+NEWTON_SCHULZ_STEPS = 5
+SMALLEST_SIDE = 8
+"""A kernel with fewer input or output channels (first and last layers, depthwise) has no matrix worth orthogonalising."""
+UPDATE_SPREAD = 0.2
+"""Root mean square of a matrix update in units of the learning rate: that of AdamW, so that one rate fits both kinds
+(Moonlight, arXiv 2502.16982, section 2.2)."""
+
+
+def make_optimizer(
+    name: OptimizerName, module: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.98)
+) -> torch.optim.Optimizer:
+    """The optimizer that a recipe's settings name, for one network."""
+    if name == "muon":
+        return Muon(module, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
+    return torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=betas)
+
+
+def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that Muon takes: weights of two or more axes whose first two have 8 or more entries, embeddings left out."""
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    return [
+        parameter
+        for parameter in module.parameters()
+        if parameter.ndim >= 2 and min(parameter.shape[:2]) >= SMALLEST_SIDE and id(parameter) not in embeddings
+    ]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz for `hidden_matrices`, AdamW for the other parameters of `modules`.
+
+    Weight decay is decoupled and touches the matrices alone.
+    """
+
+    def __init__(
+        self,
+        *modules: nn.Module,
+        learning_rate: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        matrices = {id(parameter): parameter for module in modules for parameter in hidden_matrices(module)}
+        everything = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+        others = [parameter for key, parameter in everything.items() if key not in matrices]
+        groups = [{"params": list(matrices.values()), "matrices": True}, {"params": others, "matrices": False}]
+        defaults = {"lr": learning_rate, "momentum": momentum, "betas": betas, "weight_decay": weight_decay}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["matrices"]:
+                self._step_matrices(parameters, group)
+                continue
+            for parameter in parameters:
+                _adam_update(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+    def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        directions: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter in parameters:
+            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            momentum.lerp_(parameter.grad, 1 - group["momentum"])
+            direction = parameter.grad.lerp(momentum, group["momentum"]).reshape(len(parameter), -1)  # Nesterov
+            directions.setdefault(tuple(direction.shape), []).append((parameter, direction))
+        # Matrices of one shape in one product, for most are too small to fill a call; the largest products first.
+        shapes = sorted(directions, key=lambda shape: (-len(directions[shape]) * shape[0] * shape[1] * min(shape), shape))
+        products = map_threads(orthogonalised, [torch.stack([each for _, each in directions[shape]]) for shape in shapes])
+        for shape, updates in zip(shapes, products, strict=True):
+            for (parameter, _), update in zip(directions[shape], updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * UPDATE_SPREAD * max(shape) ** 0.5)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values of [..., M, N] go to about 0.7 .. 1.2, vectors stay."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _adam_update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    first, second = group["betas"]
+    if not state:
+        state |= {"steps": torch.zeros(()), "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+    state["steps"] += 1
+    state["mean"].lerp_(gradient, 1 - first)
+    state["square"].lerp_(gradient.square(), 1 - second)
+    mean = state["mean"] / (1 - first ** state["steps"])
+    spread = (state["square"] / (1 - second ** state["steps"])).sqrt()
+    parameter.add_(mean / (spread + 1e-8), alpha=-group["lr"])
