@@ -166,10 +166,15 @@ def reward_folders(ctx: StepContext) -> dict[str, Path]:
 
 
 def _curate(ctx: StepContext, config: PipelineConfig) -> StepResult:
+    from dreamlite_data.faults import fault_report
+
     versions = _data().curate(ctx.lake, config.refresh, ctx.seed)
+    # How the filters did on the faults planted in the small world, for the report; without such rows there is nothing to grade.
+    faults = fault_report(ctx.lake, config.refresh) if config.refresh.scenes.t2i_rows + config.refresh.scenes.edit_rows else []
     edges = [Edge("dataset", f"{item['name']}@{item['version']}", "step", step_id("curate", ctx.key), "made_by") for item in versions]
     return StepResult(
         outputs={
+            "faults": faults,
             "datasets": {item["name"]: {"version": item["version"], "rows": item["rows"], "digest": item["digest"]} for item in versions}
         },
         metrics={f"{item['name']}_rows": float(item["rows"]) for item in versions},

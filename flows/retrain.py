@@ -30,7 +30,7 @@ def retrain_steps(config: PipelineConfig) -> list[Step]:
     steps = refresh_steps(config)
     parent = None
     for stage in STAGES:
-        steps += [train_step(config, stage, parent), evaluate_step(config, stage)]
+        steps += [train_step(config, stage, parent), evaluate_step(config, stage, parent if stage == "dmd2" else None)]
         parent = stage
     steps += [export_step(config), evaluate_export_step(config)]
     return [*steps, report_step(steps)]
@@ -90,8 +90,8 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
     )  # fmt: skip
 
 
-def evaluate_step(config: PipelineConfig, stage: str) -> Step:
-    """Judge one stage's checkpoint on held-out rows."""
+def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None) -> Step:
+    """Judge one stage's checkpoint on held-out rows, a distilled one beside its teacher in as few steps."""
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.parallel import use_threads
@@ -101,6 +101,7 @@ def evaluate_step(config: PipelineConfig, stage: str) -> Step:
         rows = evaluate_checkpoint(
             stage, ctx.inputs[stage].path("checkpoint"), config.evaluate, components=components_folder(ctx), lake=ctx.lake,
             datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory,
+            teacher=ctx.inputs[teacher].path("checkpoint") if teacher else None,
         )  # fmt: skip
         files = {path.stem: path for path in sorted(ctx.directory.glob("*")) if path.suffix in (".png", ".json")}
         return StepResult(files, metrics=as_metrics(rows), rows={"evals": [{**row, "stage": stage} for row in rows]})
@@ -112,7 +113,7 @@ def evaluate_step(config: PipelineConfig, stage: str) -> Step:
         alone=DISPATCH,
         spec=spec_of(config.evaluate),
         seed=config.seed,
-        inputs=("components", f"{stage}:checkpoint", *(f"curate:{name}" for name in HELDOUT)),
+        inputs=("components", f"{stage}:checkpoint", *([f"{teacher}:checkpoint"] if teacher else []), *(f"curate:{name}" for name in HELDOUT)),
         about=f"Judge the checkpoint of '{stage}' on held-out prompts and edits.",
     )
 
@@ -179,7 +180,7 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         metrics: dict[str, float] = {}
         evals = []
         for variant in variants:
-            rows = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed)
+            rows = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed, output=ctx.directory)
             metrics |= {f"{variant}/{name}": value for name, value in as_metrics(rows).items()}
             evals += [{**row, "stage": f"export_{variant}"} for row in rows]
         return StepResult(metrics=metrics, rows={"evals": evals})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from dreamlite_data import scenes
 from dreamlite_data.rewards import RewardModel
@@ -19,110 +19,111 @@ from trainers.conditioning import as_image
 from trainers.data import TrainingRows
 from trainers.flow import interpolate, keyed_normal, predict
 from trainers.inference import Sampler
+from trainers.parallel import map_threads
+from trainers.questions import GRID_IMAGES, Questions, contact_sheet, draw_questions
 from trainers.settings import EvaluateSettings
 
-GRID_IMAGES = 16
+SCORE_ROWS = 32
+VELOCITY_BATCH = 32
 VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
-    """Held-out prompts with the scenes they ask for, and held-out edits with sources and exact targets."""
+class Answers:
+    """What a checkpoint drew for every question, uint8 [N, H, W, 3] each, and which of it the verifier reads as asked."""
 
-    prompts: list[str]
-    wanted: list[scenes.Scene]
-    sources: list[scenes.Scene]
-    kinds: list[str]
-    instructions: list[str]
-    targets: list[scenes.Scene]
+    questions: Questions
+    drawn: np.ndarray
+    edited: np.ndarray
+    drawn_right: list[bool]
+    edited_right: list[bool]
 
 
-def draw_questions(count: int, seed: int) -> Questions:
-    """`count` prompts and `count` edits, the eight kinds in turn; a pure function of the seed."""
-    rng = np.random.default_rng((seed, 5))
-    wanted = [scenes.sample_scene(rng) for _ in range(count)]
-    sources, edits = [], []
-    for index in range(count):
-        kind = scenes.EDIT_KINDS[index % len(scenes.EDIT_KINDS)]
-        objects = {"add": (1, 3), "remove": (2, 4)}.get(kind, (1, 4))
-        scene = scenes.sample_scene(rng, object_count=int(rng.integers(*objects)))
-        sources.append(scene)
-        edits.append(scenes.sample_edit(scene, rng, kind))
-    return Questions(
-        prompts=[scenes.caption(scene, rng) for scene in wanted],
-        wanted=wanted,
-        sources=sources,
-        kinds=[edit.kind for edit in edits],
-        instructions=[scenes.instruction(edit, scene, rng) for edit, scene in zip(edits, sources, strict=True)],
-        targets=[scenes.apply_edit(scene, edit) for edit, scene in zip(edits, sources, strict=True)],
+def answer(sampler: Sampler, settings: EvaluateSettings, steps: int | None = None) -> Answers:
+    """Draw the answers to all questions, in `steps` steps (default: the settings'), and grade them."""
+    questions = draw_questions(settings.prompts, settings.seed)
+    seeds = list(range(settings.prompts))
+    steps = settings.steps if steps is None else steps
+    scales = {"guidance_scale": settings.guidance_scale, "image_guidance_scale": settings.image_guidance_scale}
+    drawn = sampler.generate(questions.prompts, seeds, steps=steps, guidance_scale=settings.guidance_scale)
+    sources = [as_image(scenes.render(scene)) for scene in questions.sources]
+    edited = sampler.edit(sources, questions.instructions, seeds, steps=steps, **scales)
+    triples = zip(questions.sources, edited, questions.targets, strict=True)
+    return Answers(
+        questions,
+        drawn,
+        edited,
+        [scenes.matches(image, scene) for image, scene in zip(drawn, questions.wanted, strict=True)],
+        [scenes.edit_matches(source, image, target) for source, image, target in triples],
     )
 
 
 def evaluate_images(
-    sampler: Sampler, rewards: dict[str, RewardModel], settings: EvaluateSettings, output: Path
+    sampler: Sampler, rewards: dict[str, RewardModel], settings: EvaluateSettings, output: Path, teacher: Sampler | None = None
 ) -> list[dict[str, object]]:
-    """Draw the answers to all questions, grade them, and write grid_generate.png, grid_edit.png and scores.json.
+    """Answer all questions and write grid_generate.png, grid_edit.png and scores.json.
 
-    Returns rows (task, metric, value, n): the exact rates, overall and by kind, and the mean rewards.
+    Returns rows (task, metric, value, n): the exact rates, overall and by kind, and the mean rewards. For a distilled
+    `sampler` its `teacher` answers too, guided and in the student's number of steps: what distillation has to beat.
     """
-    questions = draw_questions(settings.prompts, settings.seed)
-    seeds = list(range(settings.prompts))
-    drawn = sampler.generate(
-        questions.prompts, seeds, steps=settings.steps, guidance_scale=settings.guidance_scale
-    )
-    sources = [as_image(scenes.render(scene)) for scene in questions.sources]
-    edited = sampler.edit(
-        sources,
-        questions.instructions,
-        seeds,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        image_guidance_scale=settings.image_guidance_scale,
-    )
-    right = [scenes.matches(image, scene) for image, scene in zip(drawn, questions.wanted, strict=True)]
-    edit_right = [
-        scenes.edit_matches(source, image, target)
-        for source, image, target in zip(questions.sources, edited, questions.targets, strict=True)
-    ]
-    rows = [_row("generate", "generate_exact", right), _row("edit", "edit_exact", edit_right)]
+    found = answer(sampler, settings)
+    questions = found.questions
+    rows = [_row("generate", "generate_exact", found.drawn_right), _row("edit", "edit_exact", found.edited_right)]
     counts = [f"{len(scene.objects)}_objects" for scene in questions.wanted]
-    rows += _by_group("generate", "generate_exact", counts, right)
-    rows += _by_group("edit", "edit_exact", questions.kinds, edit_right)
+    rows += _by_group("generate", "generate_exact", counts, found.drawn_right)
+    rows += _by_group("edit", "edit_exact", questions.kinds, found.edited_right)
+    if teacher is not None:
+        few = answer(teacher, settings, sampler.distilled_steps)
+        rows += [_row("generate", "teacher_generate_exact", few.drawn_right), _row("edit", "teacher_edit_exact", few.edited_right)]
+    sources = [as_image(scenes.render(scene)) for scene in questions.sources]
     if "generate" in rewards:
-        scores = rewards["generate"].score([as_image(image) for image in drawn], questions.prompts)
-        rows.append(_row("generate", "reward_generate", scores.mu.tolist()))
+        mu = score_side_by_side(rewards["generate"], found.drawn, questions.prompts)
+        rows.append(_row("generate", "reward_generate", mu))
     if "edit" in rewards:
-        scores = rewards["edit"].score([as_image(image) for image in edited], questions.instructions, sources)
-        rows.append(_row("edit", "reward_edit", scores.mu.tolist()))
+        mu = score_side_by_side(rewards["edit"], found.edited, questions.instructions, sources)
+        rows.append(_row("edit", "reward_edit", mu))
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, GRID_IMAGES)
     contact_sheet(
-        [[image] for image in drawn[shown]], questions.prompts[shown], right[shown], output / "grid_generate.png"
+        [[image] for image in found.drawn[shown]], questions.prompts[shown], found.drawn_right[shown], output / "grid_generate.png"
     )
-    pairs = [[np.asarray(source), image] for source, image in zip(sources[shown], edited[shown], strict=True)]
-    contact_sheet(pairs, questions.instructions[shown], edit_right[shown], output / "grid_edit.png")
+    pairs = [[np.asarray(source), image] for source, image in zip(sources[shown], found.edited[shown], strict=True)]
+    contact_sheet(pairs, questions.instructions[shown], found.edited_right[shown], output / "grid_edit.png")
     (output / "scores.json").write_text(json.dumps(rows, indent=2))
     return rows
 
 
+def score_side_by_side(
+    reward: RewardModel, images: np.ndarray, prompts: Sequence[str], sources: Sequence[Image.Image] | None = None
+) -> list[float]:
+    """mu of each image, scored in parts on the threads there are."""
+
+    def score(start: int) -> list[float]:
+        rows = slice(start, start + SCORE_ROWS)
+        pictures = [as_image(image) for image in images[rows]]
+        return reward.score(pictures, prompts[rows], None if sources is None else sources[rows]).mu.tolist()
+
+    return [mu for part in map_threads(score, range(0, len(images), SCORE_ROWS)) for mu in part]
+
+
 @torch.no_grad()
-def velocity_loss(
-    sampler: Sampler, rows: TrainingRows, settings: EvaluateSettings, batch: int = 64
-) -> list[dict[str, object]]:
+def velocity_loss(sampler: Sampler, rows: TrainingRows, settings: EvaluateSettings) -> list[dict[str, object]]:
     """Held-out flow-matching loss per task on a fixed grid of times and keyed noise, without foreground weight."""
     results = []
     for task, indices in rows.by_task.items():
-        losses = []
         chosen = indices[: settings.velocity_rows]
-        for start in range(0, len(chosen), batch):
-            part = chosen[start : start + batch]
+
+        def losses_of(start: int, chosen: list[int] = chosen) -> list[float]:
+            part = chosen[start : start + VELOCITY_BATCH]
             data = rows.batch(part, list(range(start, start + len(part))))
             times = torch.tensor([VELOCITY_TIMES[position % len(VELOCITY_TIMES)] for position in data.positions])
             noise = keyed_normal((settings.seed, 6), data.positions, tuple(data.latents.shape[1:]))
             velocity = predict(
                 sampler.unet, interpolate(data.latents, noise, times), times, data.condition, data.text, rows.size_px
             )
-            losses += ((velocity - (noise - data.latents)) ** 2).mean(dim=(1, 2, 3)).tolist()
+            return ((velocity - (noise - data.latents)) ** 2).mean(dim=(1, 2, 3)).tolist()
+
+        losses = [loss for part in map_threads(losses_of, range(0, len(chosen), VELOCITY_BATCH)) for loss in part]
         if losses:
             results.append(_row(task, "velocity_loss", losses))
     return results
@@ -137,35 +138,3 @@ def _by_group(task: str, metric: str, groups: Sequence[str], values: Sequence[bo
     for group, value in zip(groups, values, strict=True):
         grouped[group].append(value)
     return [_row(task, f"{metric}_{group}", found) for group, found in sorted(grouped.items())]
-
-
-def contact_sheet(
-    cells: Sequence[Sequence[np.ndarray]], captions: Sequence[str], right: Sequence[bool], path: Path, scale: int = 2
-) -> None:
-    """Draw cells of one or more images side by side, a frame in green (read as asked) or red, and the text below."""
-    font = ImageFont.load_default(size=11)
-    width = max(len(cell) for cell in cells) * scenes.CANVAS_PX * scale
-    tile, text_px, columns = max(width, 190) + 14, 46, 4 if len(cells[0]) == 1 else 3
-    height = scenes.CANVAS_PX * scale + text_px + 14
-    sheet = Image.new("RGB", (columns * tile, -(-len(cells) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (cell, caption, good) in enumerate(zip(cells, captions, right, strict=True)):
-        left, top = index % columns * tile + 6, index // columns * height + 6
-        draw.rectangle((left - 3, top - 3, left + width + 2, top + scenes.CANVAS_PX * scale + 2), fill="#1a8f3c" if good else "#c62828")
-        for place, image in enumerate(cell):
-            side = scenes.CANVAS_PX * scale
-            sheet.paste(as_image(np.asarray(image)).resize((side, side), Image.Resampling.NEAREST), (left + place * side, top))
-        for line, words in enumerate(_wrapped(caption, font, tile - 14)[:3]):
-            draw.text((left, top + scenes.CANVAS_PX * scale + 5 + line * 13), words, fill="black", font=font)
-    sheet.save(path)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    lines, current = [], ""
-    for word in text.split():
-        longer = f"{current} {word}".strip()
-        if font.getlength(longer) > width_px and current:
-            lines.append(current)
-            longer = word
-        current = longer
-    return [*lines, current]

@@ -94,6 +94,7 @@ class ReFLSettings(StrictSettings):
     hinge_margin: float = Field(1.5, description="b, in standard deviations above the start model's mean reward")
     reward_weight: float = Field(0.02, ge=0)
     velocity_weight: float = Field(1.0, ge=0, description="MSE to the frozen start model's velocity")
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)
@@ -111,6 +112,7 @@ class DMD2Settings(StrictSettings):
     student_steps: int = Field(4, gt=0, description="steps of the deployed sampler")
     fake_steps: int = Field(3, gt=0, description="steps of the fake score for each step of the student")
     fake_warmup_steps: int = Field(30, ge=0)
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(2e-4, gt=0)
     fake_learning_rate: float = Field(4e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)

@@ -118,14 +118,17 @@ def evaluate_checkpoint(
     lake: Lake,
     datasets: Versions,
     output: Path,
+    teacher: Path | None = None,
 ) -> list[dict[str, object]]:
     """Rows (task, metric, value, n) of a checkpoint; pictures and scores.json go to `output`.
+
+    `teacher` is the checkpoint that a distilled one is measured against, in the same number of steps.
 
     A distilled checkpoint has no velocity loss: its network is no longer the velocity of a path.
     """
     sampler = Sampler.load(checkpoint)
     rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
-    results = evaluate_images(sampler, rewards, settings, output)
+    results = evaluate_images(sampler, rewards, settings, output, Sampler.load(teacher) if teacher else None)
     if sampler.distilled_steps is None:
         rows = TrainingRows(
             lake,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from dreamlite_data import scenes
-from trainers.evaluate import GRID_IMAGES, Questions, contact_sheet, draw_questions
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
+from trainers.questions import GRID_IMAGES, Questions, contact_sheet, draw_questions
 
 BATCH = 32
 

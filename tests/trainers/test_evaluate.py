@@ -1,0 +1,58 @@
+"""Grading: an artist who draws what is asked scores 1 everywhere, one who changes nothing scores 0 on edits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from dreamlite_data import scenes
+from trainers.evaluate import answer, evaluate_images
+from trainers.inference import Sampler
+from trainers.questions import draw_questions
+from trainers.settings import EvaluateSettings
+
+SETTINGS = EvaluateSettings(prompts=16, steps=2, velocity_rows=8)
+
+
+class Artist:
+    """Draws the scenes of the questions themselves (or, `lazy`, hands every source back)."""
+
+    distilled_steps = 4
+
+    def __init__(self, lazy: bool = False) -> None:
+        self.lazy, self.asked = lazy, []
+        self.questions = draw_questions(SETTINGS.prompts, SETTINGS.seed)
+
+    def generate(self, prompts, seeds, *, steps, guidance_scale):  # noqa: ANN001, ANN201
+        self.asked.append(steps)
+        return np.stack([scenes.render(scene) for scene in self.questions.wanted])
+
+    def edit(self, images, instructions, seeds, *, steps, guidance_scale, image_guidance_scale):  # noqa: ANN001, ANN201
+        chosen = self.questions.sources if self.lazy else self.questions.targets
+        return np.stack([scenes.render(scene) for scene in chosen])
+
+
+def values(rows: list[dict[str, object]]) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in rows}
+
+
+def test_a_perfect_artist_scores_one_and_a_lazy_one_changes_nothing(tmp_path) -> None:
+    lazy = Artist(lazy=True)
+    found = values(evaluate_images(Artist(), {}, SETTINGS, tmp_path, teacher=lazy))
+    assert {name: value for name, value in found.items() if not name.startswith("teacher_")} == {
+        name: 1.0 for name in found if not name.startswith("teacher_")
+    }
+    assert {f"edit_exact_{kind}" for kind in scenes.EDIT_KINDS} <= set(found)
+    assert found["teacher_generate_exact"] == 1.0 and found["teacher_edit_exact"] == 0.0
+    assert lazy.asked == [4]  # the teacher is asked in the student's number of steps
+    assert (tmp_path / "grid_generate.png").is_file() and (tmp_path / "grid_edit.png").is_file()
+    assert values(json.loads((tmp_path / "scores.json").read_text())) == found
+
+
+def test_a_base_checkpoint_answers_in_the_steps_of_the_settings_and_a_mobile_one_in_its_own(checkpoints) -> None:
+    base, mobile = Sampler.load(checkpoints["base"]), Sampler.load(checkpoints["mobile"])
+    few = SETTINGS.model_copy(update={"prompts": 2})
+    two, four = answer(base, few).drawn, answer(base, few, 4).drawn
+    assert (two != four).any()
+    assert (answer(mobile, few).drawn == answer(mobile, few, 2).drawn).all()
