@@ -44,8 +44,8 @@ class Ema:
         """Fold in the weights after one optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in module.state_dict().items():
-            self.weights[name].lerp_(value.float(), 1 - decay)
+        values = module.state_dict()
+        torch._foreach_lerp_([self.weights[name] for name in values], [value.float() for value in values.values()], 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Load the average into a network."""
@@ -104,9 +104,12 @@ def batch_gradient(
         return gradients, {"loss": value.item(), **logs}
 
     results = list(map_threads(one, batch.split(micro_batch)))
-    for index, parameter in enumerate(parameters):
-        found = [gradients[index] for gradients, _ in results if gradients[index] is not None]
-        parameter.grad = sum(found[1:], start=found[0]) if found else None
+    total = results[0][0]
+    used = [index for index, gradient in enumerate(total) if gradient is not None]
+    for gradients, _ in results[1:]:
+        torch._foreach_add_([total[index] for index in used], [gradients[index] for index in used])
+    for parameter, gradient in zip(parameters, total, strict=True):
+        parameter.grad = gradient
     return [logs for _, logs in results]
 
 
@@ -117,7 +120,7 @@ def mean_logs(logs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_norm: float, rate: float) -> float:
     """Clip the gradients, step at learning rate `rate`; returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

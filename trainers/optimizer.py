@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from trainers.parallel import map_threads
 from trainers.settings import OptimizerName
@@ -67,28 +68,49 @@ class Muon(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["matrices"]:
-                self._step_matrices(parameters, group)
-                continue
-            for parameter in parameters:
-                _adam_update(parameter, parameter.grad, self.state[parameter], group)
+            if parameters := [parameter for parameter in group["params"] if parameter.grad is not None]:
+                (self._step_matrices if group["matrices"] else self._step_others)(parameters, group)
         return loss
 
     def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        directions: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
-        for parameter in parameters:
-            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-            momentum.lerp_(parameter.grad, 1 - group["momentum"])
-            direction = parameter.grad.lerp(momentum, group["momentum"]).reshape(len(parameter), -1)  # Nesterov
-            directions.setdefault(tuple(direction.shape), []).append((parameter, direction))
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter].setdefault("momentum", torch.zeros_like(parameter)) for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        places: dict[tuple[int, int], list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            places.setdefault((len(parameter), parameter[0].numel()), []).append(index)
         # Matrices of one shape in one product, for most are too small to fill a call; the largest products first.
-        shapes = sorted(directions, key=lambda shape: (-len(directions[shape]) * shape[0] * shape[1] * min(shape), shape))
-        products = map_threads(orthogonalised, [torch.stack([each for _, each in directions[shape]]) for shape in shapes])
-        for shape, updates in zip(shapes, products, strict=True):
-            for (parameter, _), update in zip(directions[shape], updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * UPDATE_SPREAD * max(shape) ** 0.5)
+        shapes = sorted(places, key=lambda shape: (-len(places[shape]) * shape[0] * shape[1] * min(shape), shape))
+        stacks = [torch.stack([directions[index].reshape(shape) for index in places[shape]]) for shape in shapes]
+        for shape, updates in zip(shapes, map_threads(orthogonalised, stacks), strict=True):
+            chosen = [parameters[index] for index in places[shape]]
+            updates = [update.reshape(parameter.shape) for parameter, update in zip(chosen, updates, strict=True)]
+            torch._foreach_add_(chosen, updates, alpha=-group["lr"] * UPDATE_SPREAD * max(shape) ** 0.5)
+
+    def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
+                self.state[parameter].update(zeros, steps=torch.zeros(()))
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [state["steps"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -101,15 +123,3 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
-
-def _adam_update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    first, second = group["betas"]
-    if not state:
-        state |= {"steps": torch.zeros(()), "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
-    state["steps"] += 1
-    state["mean"].lerp_(gradient, 1 - first)
-    state["square"].lerp_(gradient.square(), 1 - second)
-    mean = state["mean"] / (1 - first ** state["steps"])
-    spread = (state["square"] / (1 - second ** state["steps"])).sqrt()
-    parameter.add_(mean / (spread + 1e-8), alpha=-group["lr"])
