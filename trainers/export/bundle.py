@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 
-from trainers.export.graphs import UNET_INPUTS, UNetGraph, VaeDecoderGraph, VaeEncoderGraph, write_graph
 from trainers.export.manifest import artifact_id, draft_manifest, file_table, graph_sizes, save_manifest
 from trainers.export.measure import Embedder, check_float_graphs, measure, trajectory
 from trainers.export.parity import TorchReference
+from trainers.export.parts import write_graphs
 from trainers.export.quantize import SESSION_OPTIONS, quantize_unet
 from trainers.export.rows import Split, read_rows, split_rows
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
 from trainers.export.source import Source, directory_digest, read_source
-from trainers.export.text_graphs import EditEncoderGraph, EditLayout, TextEncoderGraph
 from trainers.export.verify import verify_bundle
 
 README = """# DreamLite bundle
@@ -61,7 +60,7 @@ def export_bundle(
     draft.mkdir(parents=True)
 
     reference = TorchReference(source, settings.steps)
-    _write_graphs(source, reference, settings, draft)
+    write_graphs(source, reference, settings, draft)
     _copy_side_files(source, settings, rows, draft)
     manifest = draft_manifest(source, reference.encoder.tokenizer.pad_token_id, settings, lineage or {}, draft)
     save_manifest(draft, manifest)
@@ -102,49 +101,6 @@ def export_bundle(
             **seconds,
         },
     }
-
-
-def _write_graphs(source: Source, reference: TorchReference, settings: ExportSettings, folder: Path) -> None:
-    """All ONNX files; example inputs have batch 2, for a batch of 1 would be taken as a constant."""
-    side, channels, length = source.latent_px, source.latent_channels, settings.sequence_tokens
-    unet_inputs = (
-        torch.zeros(2, channels, side, 2 * side),
-        torch.full((2,), 500.0),
-        torch.zeros(2, length, source.text_width),
-        torch.ones(2, length, dtype=torch.int64),
-        torch.full((2, 2), float(source.size_px)),
-    )
-    write_graph(UNetGraph(reference.unet), dict(zip(UNET_INPUTS, unet_inputs, strict=True)), "velocity", folder / "unet.onnx")
-    image, latent = torch.zeros(2, 3, source.size_px, source.size_px), torch.zeros(2, channels, side, side)
-    write_graph(VaeEncoderGraph(reference.vae), {"image": image}, "latent", folder / "vae_encoder.onnx")
-    write_graph(VaeDecoderGraph(reference.vae), {"latent": latent}, "image", folder / "vae_decoder.onnx")
-    if not settings.text_encoder:
-        return
-    encoder = reference.encoder.text_encoder
-    ids, mask = _token_rows(reference, source.prompts()["generate_template"], source.drop_generate + length)
-    graph = TextEncoderGraph(encoder, source.hidden_state)
-    write_graph(graph, {"input_ids": ids, "attention_mask": mask}, "hidden_states", folder / "text_encoder.onnx")
-    prompts, vision = source.prompts(), source.vision
-    template = prompts["edit_template"].replace(prompts["image_token"], prompts["image_token"] * vision.tokens)
-    ids, mask = _token_rows(reference, template, source.drop_edit + length)
-    places = (ids[0] == encoder.config.image_token_id).nonzero().flatten()
-    layout = EditLayout(int(places[0]), vision.tokens, vision.grid)
-    graph = EditEncoderGraph(encoder, source.hidden_state, layout, ids[:1], list(vision.mean), list(vision.std))
-    pixels = torch.zeros(2, 3, *vision.grid_px)
-    inputs = {"pixels": pixels, "input_ids": ids, "attention_mask": mask}
-    write_graph(graph, inputs, "hidden_states", folder / "edit_encoder.onnx")
-
-
-def _token_rows(reference: TorchReference, template: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = reference.encoder.tokenizer([template.replace("{}", "")] * 2, return_tensors="pt")["input_ids"]
-    if tokens.shape[1] > length:
-        raise ValueError(
-            f"the empty prompt alone has {tokens.shape[1]} tokens, the graph holds {length}; raise export.sequence_tokens."
-        )
-    pad = length - tokens.shape[1]
-    ids = torch.nn.functional.pad(tokens, (0, pad), value=reference.encoder.tokenizer.pad_token_id)
-    mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, pad))
-    return ids, mask
 
 
 def _copy_side_files(source: Source, settings: ExportSettings, rows: Split, folder: Path) -> None:

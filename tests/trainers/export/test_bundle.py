@@ -16,8 +16,11 @@ from PIL import Image
 from dreamlite_data import scenes
 from trainers.conditioning import SquareImageProcessor
 from trainers.export.bundle import export_bundle
+from trainers.export.parity import TorchReference
+from trainers.export.parts import GRAPHS, write_graphs
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
+from trainers.export.source import read_source
 from trainers.export.verify import verify_bundle
 
 
@@ -69,6 +72,17 @@ def test_runner_equals_stock_pipeline(checkpoint: Path, bundle: Path, task: str)
     assert np.abs(latents - expected).max() < 1e-4
     swapped = runner.denoise(condition, noise, hidden, mask)
     assert np.abs(swapped - expected).max() > 0.1
+
+
+def test_graphs_traced_in_other_processes_are_the_same_bytes(
+    checkpoint: Path, bundle: Path, tmp_path: Path, small_export: tuple
+) -> None:
+    settings = small_export[0].model_copy(update={"workers": 2})
+    source = read_source(checkpoint, settings.steps)
+    write_graphs(source, TorchReference(source, settings.steps), settings, tmp_path)
+    for name in GRAPHS:
+        assert (tmp_path / f"{name}.onnx").read_bytes() == (bundle / f"{name}.onnx").read_bytes(), name
+    assert (tmp_path / "unet.onnx").read_bytes() != (bundle / "unet_int8.onnx").read_bytes()
 
 
 def test_graph_files_hold_no_paths_or_traces(bundle: Path) -> None:
