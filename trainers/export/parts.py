@@ -4,6 +4,7 @@ Tracing is Python work on one core, so the graphs can be written side by side in
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,15 +21,21 @@ GRAPHS = ("unet", *ENCODERS, "vae_decoder", "vae_encoder")
 """From the slowest to trace to the fastest."""
 
 
-def write_graphs(source: Source, reference: TorchReference, settings: ExportSettings, folder: Path) -> None:
-    """All ONNX files of the bundle into `folder`, the first one here and the others in up to `settings.workers` - 1 processes."""
+def write_graphs(
+    source: Source, reference: TorchReference, settings: ExportSettings, folder: Path, processes: int | None = None
+) -> None:
+    """All ONNX files of the bundle into `folder`, the first one here and the others in a second process, which changes no byte.
+
+    `processes` is 1 or 2; None takes two where this process may run on two processors.
+    """
+    processes = processes or min(2, len(os.sched_getaffinity(0)))
     names = [name for name in GRAPHS if settings.text_encoder or name not in ENCODERS]
-    if settings.workers == 1:
+    if processes == 1:
         for name in names:
             write_named(name, source, reference, settings, folder)
         return
     # Spawned, for torch does not survive a fork.
-    with ProcessPoolExecutor(settings.workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         others = [pool.submit(_write_elsewhere, name, source.directory, settings, folder) for name in names[1:]]
         write_named(names[0], source, reference, settings, folder)
         for other in others:

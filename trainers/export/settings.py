@@ -41,7 +41,6 @@ class ExportSettings(StrictSettings):
     max_abs_error: float = Field(1e-3, gt=0, description="A float graph further than this from torch stops the export.")
     evaluate_rows: int = Field(192, ge=1, description="Held-out prompts, and as many edits, in evaluate_bundle.")
     evaluate_seed: int = Field(20_260_328, description="Draws the questions; equal to evaluate.seed, so that numbers compare.")
-    workers: int = Field(1, ge=1, description="Processes that trace graphs side by side; changes no byte.")
     threads: int = Field(1, ge=1, description="ONNX Runtime threads; one is fastest for small nets on a busy machine.")
     seed: int = 0
     weights_licence: str = "Apache-2.0"
