@@ -278,7 +278,7 @@ def query(
 
 def _print_arrow(answer: pa.Table, format_: str) -> None:
     if format_ == "csv":
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.column_names)
         writer.writerows([_cell(row[name]) for name in answer.column_names] for row in answer.to_pylist())
     else:

@@ -74,7 +74,9 @@ def test_query_prints_tables_csv_and_json(with_runs):
         {"step": "t2i", "state": "failed", "n": 1},
     ]
     assert json.loads(invoke("query", sql, "--lake", with_runs, "--format", "json").stdout) == rows
-    printed = list(csv.DictReader(io.StringIO(invoke("query", sql, "--lake", with_runs, "--format", "csv").stdout)))
+    text = invoke("query", sql, "--lake", with_runs, "--format", "csv").stdout
+    assert "\r" not in text  # a shell's $(...) would keep it
+    printed = list(csv.DictReader(io.StringIO(text)))
     assert printed == [{name: str(value) for name, value in row.items()} for row in rows]
     table = invoke("query", sql, "--lake", with_runs).stdout
     assert "skipped" in table and "step" in table.splitlines()[0]
