@@ -211,7 +211,7 @@ def log_of(lake) -> list[str]:
 
 
 def test_kill_9_keeps_finished_units_and_the_next_run_takes_over(lake):
-    victim = start(lake, 0.4)
+    victim = start(lake, 2.0)  # slow units: a busy machine must not finish it before the signal comes
     wait_for(lambda: len(log_of(lake)) >= 2)
     assert [owner["step"] for owner in running_steps(lake)] == ["slow"]
     with Lake(lake.root, read_only=True) as reader:  # somebody asks while the run goes on
