@@ -1,5 +1,5 @@
 """Provide the frozen parts of a run: the packaged ones, a folder of the user's, or parts trained here and now.
-The packaged parts were made by this very code; `record.json` beside each says with which steps and to which result."""
+`record.json` beside each packaged part says in which steps it was made and to which result."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from dreamlite_data.rewards.text import RewardTokenizer, split_common
 from trainers.components import reward_pairs
 from trainers.components.reward_pairs import BACKGROUNDS, COLOURS, DEGRADATIONS, IGNORE, POSITIONS, SHAPES, SIZES, STYLES, Picture, Row
 from trainers.components.tokenizer import build_tokenizer
-from trainers.optimizer import Muon
 
 Kind = Literal["generate", "edit"]
 Log = Callable[[int, dict[str, float]], None]
@@ -330,7 +329,8 @@ def build_reward(
 def train(trainee: Trainee, *, steps: int, seed: int, deadline: float | None, log: Log) -> list[dict[str, float]]:
     """Run the schedule; returns the logged losses."""
     draw = reward_pairs.generate_batch if trainee.kind == "generate" else reward_pairs.edit_batch
-    optimizer = Muon(trainee, learning_rate=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.08)
     curve: list[dict[str, float]] = []
     running: dict[str, float] = {}
     for step in range(1, steps + 1):
@@ -341,9 +341,8 @@ def train(trainee: Trainee, *, steps: int, seed: int, deadline: float | None, lo
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, step / 50) * max(0.01, 1 - step / steps)
         optimizer.step()
+        schedule.step()
         for name, value in losses.items():
             running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
         last = step == steps or (deadline is not None and time.monotonic() > deadline)
