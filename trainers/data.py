@@ -143,7 +143,7 @@ class TrainingRows:
         encode_images: bool = True,
     ) -> None:
         self.lake, self.size_px = lake, size_px
-        self.side = size_px // latent_scale(vae)
+        self.side = size_px // latent_scale(vae.config)
         self.rows = read_rows(lake, datasets, split=split, limit=limit)
         self.by_task = {
             task: [index for index, row in enumerate(self.rows) if row.task == task] for task in ("generate", "edit")

@@ -33,6 +33,7 @@ class Answers:
     """What a checkpoint drew for every question, uint8 [N, H, W, 3] each, and which of it the verifier reads as asked."""
 
     questions: Questions
+    sources: list[Image.Image]
     drawn: np.ndarray
     edited: np.ndarray
     drawn_right: list[bool]
@@ -51,6 +52,7 @@ def answer(sampler: Sampler, settings: EvaluateSettings, steps: int | None = Non
     triples = zip(questions.sources, edited, questions.targets, strict=True)
     return Answers(
         questions,
+        sources,
         drawn,
         edited,
         [scenes.matches(image, scene) for image, scene in zip(drawn, questions.wanted, strict=True)],
@@ -75,19 +77,18 @@ def evaluate_images(
     if teacher is not None:
         few = answer(teacher, settings, sampler.distilled_steps)
         rows += [_row("generate", "teacher_generate_exact", few.drawn_right), _row("edit", "teacher_edit_exact", few.edited_right)]
-    sources = [as_image(scenes.render(scene)) for scene in questions.sources]
     if "generate" in rewards:
         mu = score_side_by_side(rewards["generate"], found.drawn, questions.prompts)
         rows.append(_row("generate", "reward_generate", mu))
     if "edit" in rewards:
-        mu = score_side_by_side(rewards["edit"], found.edited, questions.instructions, sources)
+        mu = score_side_by_side(rewards["edit"], found.edited, questions.instructions, found.sources)
         rows.append(_row("edit", "reward_edit", mu))
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, GRID_IMAGES)
     contact_sheet(
         [[image] for image in found.drawn[shown]], questions.prompts[shown], found.drawn_right[shown], output / "grid_generate.png"
     )
-    pairs = [[np.asarray(source), image] for source, image in zip(sources[shown], found.edited[shown], strict=True)]
+    pairs = [[np.asarray(source), image] for source, image in zip(found.sources[shown], found.edited[shown], strict=True)]
     contact_sheet(pairs, questions.instructions[shown], found.edited_right[shown], output / "grid_edit.png")
     (output / "scores.json").write_text(json.dumps(rows, indent=2))
     return rows

@@ -48,20 +48,21 @@ class Sampler:
     @property
     def side(self) -> int:
         """Width of a panel in latents."""
-        return self.size_px // latent_scale(self.vae)
+        return self.size_px // latent_scale(self.vae.config)
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, batch: int = BATCH
     ) -> np.ndarray:
         """Text to image: uint8 [N, H, W, 3]; row i depends on its prompt and seed alone."""
+        # A distilled network takes no guidance, so its null states would be encoded for nothing.
+        null_row = [] if self.distilled_steps else self.encoder.generate([None]).rows()
 
         def draw(start: int) -> np.ndarray:
             part = list(prompts[start : start + batch])
             text = self.encoder.generate(part)
             condition = torch.zeros(len(part), 4, self.side, self.side)
             noise = self._noise(seeds[start : start + batch])
-            # A distilled network takes no guidance, so its null states would be encoded for nothing.
-            null = text if self.distilled_steps else stack(self.encoder.generate([None]).rows() * len(part))
+            null = text if self.distilled_steps else stack(null_row * len(part))
             return self._draw(noise, condition, text, null, False, steps, guidance_scale, 1.0)
 
         return np.concatenate(list(map_threads(draw, range(0, len(prompts), batch))))

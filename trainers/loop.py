@@ -120,7 +120,7 @@ def mean_logs(logs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_norm: float, rate: float) -> float:
     """Clip the gradients, step at learning rate `rate`; returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

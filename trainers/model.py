@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def load_vae(folder: Path) -> AutoencoderTiny:
     return vae.eval().requires_grad_(False)
 
 
-def latent_scale(vae: AutoencoderTiny) -> int:
+def latent_scale(vae_config: Mapping[str, Any]) -> int:
     """Pixels a latent cell is wide: 8 for the released VAE, 4 for the small world's."""
-    return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+    return 2 ** (len(vae_config["encoder_block_out_channels"]) - 1)
 
 
 def load_facts(folder: Path) -> dict[str, Any]:

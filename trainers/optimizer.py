@@ -23,10 +23,9 @@ UPDATE_SPREAD = 0.2
 (Moonlight, arXiv 2502.16982, section 2.2)."""
 
 
-def make_optimizer(
-    name: OptimizerName, module: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.98)
-) -> torch.optim.Optimizer:
+def make_optimizer(name: OptimizerName, module: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer that a recipe's settings name, for one network."""
+    betas = (0.9, 0.98)
     if name == "muon":
         return Muon(module, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
     return torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=betas)

@@ -21,7 +21,7 @@ def use_threads(count: int | None = None) -> int:
     From then on torch itself stays on one thread in each of them. On a machine with a GPU nothing is changed.
     """
     global _pool
-    count = count or len(os.sched_getaffinity(0))
+    count = count or processors()
     if torch.cuda.is_available():
         return 1
     torch.set_num_threads(1)
@@ -29,6 +29,11 @@ def use_threads(count: int | None = None) -> int:
         _pool.shutdown()
     _pool = ThreadPoolExecutor(count, "torch", initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
     return count
+
+
+def processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity
 
 
 def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

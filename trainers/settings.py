@@ -58,7 +58,7 @@ class SupervisedSettings(StrictSettings):
     steps: int = Field(gt=0)
     batch: int = Field(32, gt=0)
     micro_batch: int = Field(8, gt=0, description="rows of a batch whose graph is held at once; on CPUs, one thread's share")
-    optimizer: OptimizerName = Field("adamw", description="muon learns the small world in half the steps; adamw is the safe choice")
+    optimizer: OptimizerName = Field("adamw", description="muon is what `mini` is tuned with; adamw is what published recipes use")
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     final_learning_rate_share: float = Field(0.1, ge=0, le=1, description="cosine decay ends at this share of the rate")
@@ -94,7 +94,6 @@ class ReFLSettings(StrictSettings):
     hinge_margin: float = Field(1.5, description="b, in standard deviations above the start model's mean reward")
     reward_weight: float = Field(0.02, ge=0)
     velocity_weight: float = Field(1.0, ge=0, description="MSE to the frozen start model's velocity")
-    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)
@@ -112,7 +111,6 @@ class DMD2Settings(StrictSettings):
     student_steps: int = Field(4, gt=0, description="steps of the deployed sampler")
     fake_steps: int = Field(3, gt=0, description="steps of the fake score for each step of the student")
     fake_warmup_steps: int = Field(30, ge=0)
-    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(2e-4, gt=0)
     fake_learning_rate: float = Field(4e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)

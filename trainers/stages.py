@@ -70,7 +70,7 @@ def train_stage(
     encoder = PromptEncoder.load(components, model.hidden_state)
     vae = load_vae(components)
     if parent is None:
-        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae), seed)
+        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae.config), seed)
     else:
         check_hidden_state(parent, model)
         unet = load_unet(parent)

@@ -19,7 +19,7 @@ class SceneRows(TrainingRows):
     def __init__(self, count: int, vae, encoder: PromptEncoder, seed: int = 0) -> None:  # noqa: ANN001
         rng = np.random.default_rng(seed)
         self.size_px, self.rows, images = 64, [], {}
-        self.side = 64 // latent_scale(vae)
+        self.side = 64 // latent_scale(vae.config)
         for index in range(count):
             scene = scenes.sample_scene(rng)
             edit = scenes.sample_edit(scene, rng)

@@ -25,6 +25,7 @@ from trainers.conditioning import (
     hidden_states,
     stack,
 )
+from trainers.loop import optimizer_step
 from trainers.optimizer import Muon
 from trainers.pixels import to_tensor
 from trainers.processor import SquareImageProcessor
@@ -162,10 +163,7 @@ def build_text_encoder(
     def update(losses: dict[str, torch.Tensor], rate: float) -> None:
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_([part for module in modules for part in module.parameters()], 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        optimizer_step(optimizer, [part for module in modules for part in module.parameters()], 1.0, rate)
 
     for step in range(VISION_STEPS):
         batch = [scenes.sample_scene(rng) for _ in range(VISION_ROWS)]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dreamlite_data import scenes
 from dreamlite_data.scenes.render import background
+from trainers.loop import optimizer_step
 from trainers.optimizer import Muon
 from trainers.pixels import to_tensor, to_uint8
 
@@ -55,8 +56,6 @@ def build_vae(
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         done = step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, done / 0.02 + 0.01) * max(0.01, 1 - done)
         images, weight = draw_windows(rng)
         latents = model.encoder(images)
         loss_pixel = loss_edge = torch.zeros(())
@@ -74,8 +73,7 @@ def build_vae(
         loss = loss_pixel + loss_edge + 0.5 * loss_latent + (1.0 if done < 0.3 else 0.2) * loss_linear
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizer_step(optimizer, parameters, 1.0, PEAK_RATE * min(1.0, done / 0.02 + 0.01) * max(0.01, 1 - done))
         if (step + 1) % 100 == 0 or step + 1 == steps:
             values = {"loss": loss, "pixel": loss_pixel, "edge": loss_edge, "linear": loss_linear, "latent": loss_latent}
             log(step + 1, {name: float(value.detach()) for name, value in values.items()})

@@ -4,7 +4,6 @@ Tracing is Python work on one core, so the graphs can be written side by side in
 from __future__ import annotations
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from trainers.export.parity import TorchReference
 from trainers.export.settings import ExportSettings
 from trainers.export.source import Source, read_source
 from trainers.export.text_graphs import EditEncoderGraph, EditLayout, TextEncoderGraph
+from trainers.parallel import processors
 
 ENCODERS = ("edit_encoder", "text_encoder")
 GRAPHS = ("unet", *ENCODERS, "vae_decoder", "vae_encoder")
@@ -28,7 +28,7 @@ def write_graphs(
 
     `processes` is 1 or 2; None takes two where this process may run on two processors.
     """
-    processes = processes or min(2, len(os.sched_getaffinity(0)))
+    processes = processes or min(2, processors())
     names = [name for name in GRAPHS if settings.text_encoder or name not in ENCODERS]
     if processes == 1:
         for name in names:

@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from trainers.conditioning import EDIT_PROMPT, EDIT_TEMPLATE, ENCODER_INPUT_PX, GENERATE_PROMPT, GENERATE_TEMPLATE, HiddenState
 from trainers.export.schedule import deployed_sigmas
+from trainers.model import latent_scale
 
 FACT_KEYS = ("hidden_state", "size_px", "drop_generate", "drop_edit", "encoder_image_px")
 IMAGE_TOKEN = "<|image_pad|>"
@@ -118,7 +119,7 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         )
     vae = _read_json(checkpoint / "vae" / "config.json")
     encoder = _read_json(checkpoint / "text_encoder" / "config.json")
-    scale = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
+    scale = latent_scale(vae)
     size = int(facts["size_px"])
     if size % (2 * scale):
         raise ValueError(f"size_px is {size} in dreamlite.json; it must be a multiple of {2 * scale} px.")

@@ -18,7 +18,6 @@ from trainers.flow import (
     predict,
 )
 from trainers.loop import Ema, batch_gradient, cosine_rate, mean_logs, optimizer_step
-from trainers.optimizer import make_optimizer
 from trainers.settings import DMD2Settings
 
 NORMALISER_FLOOR = 1e-6
@@ -38,11 +37,8 @@ class DMD2Recipe:
         self.sigmas = deployed_sigmas(settings.student_steps, rows.side, rows.side)
         self.modules = {"student": self.student, "fake": self.fake}
         self.optimizers = {
-            name: make_optimizer(settings.optimizer, network, learning_rate=rate, betas=(0.0, 0.99))
-            for name, network, rate in (
-                ("student", self.student, settings.learning_rate),
-                ("fake", self.fake, settings.fake_learning_rate),
-            )
+            "student": torch.optim.AdamW(self.student.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
+            "fake": torch.optim.AdamW(self.fake.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
         }
         self.ema = Ema(self.student, settings.ema_decay)
 

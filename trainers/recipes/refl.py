@@ -13,7 +13,6 @@ from dreamlite_data.rewards import RewardModel
 from trainers.data import Batch, Plan, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
-from trainers.optimizer import make_optimizer
 from trainers.parallel import map_threads
 from trainers.settings import ReFLSettings
 
@@ -48,7 +47,7 @@ class ReFLRecipe:
                 f"no rollout step has a sigma between {settings.sigma_low} and {settings.sigma_high}: the steps are at"
                 f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
             )
-        optimizer = make_optimizer(settings.optimizer, unet, learning_rate=settings.learning_rate)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
         self.ema = Ema(unet, settings.ema_decay)
         self.baseline = {task: self._baseline(task) for task in self.plans}
