@@ -28,6 +28,10 @@ PLUMBING = frozenset({
 })  # fmt: skip
 """Modules that move bytes but do not make them: their source is in no key, or a mended log line would retrain every stage."""
 
+DECLARATIONS = frozenset({"dreamlite_data.settings", "trainers.settings", "trainers.export.settings"})
+"""Modules that only declare settings. A step's spec holds the values it reads, so the text that declares them is in no
+key: a new setting of the export must not retrain six stages."""
+
 EXEC_FIELDS = frozenset({"executor", "workers", "threads", "device", "log_level", "log_every", "progress", "root", "path"})
 """Names of settings that say how and where to run. They can never be part of a key (see `spec_of`)."""
 
@@ -133,7 +137,7 @@ class SourceTree:
         pending = list(modules)
         while pending:
             module = pending.pop()
-            if module in seen or module in PLUMBING:
+            if module in seen or module in PLUMBING or module in DECLARATIONS:
                 continue
             if self.path(module) is None:
                 raise ValueError(f"no module {module!r} under {self.root}: a step names code that does not exist")

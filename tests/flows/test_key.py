@@ -17,7 +17,7 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
     (tmp_path / "dreamlite_data/refresh.py").write_text(
-        "from dreamlite_data import middle, lake\n\n\ndef run():\n    from . import late\n    return middle.twice(late.ONE), f'{lake}.sql'\n"
+        "from dreamlite_data import middle, lake, settings\n\n\ndef run():\n    from . import late\n    return middle.twice(late.ONE), f'{lake}.sql'\n"
     )
     (tmp_path / "dreamlite_data/middle.py").write_text("from dreamlite_data.deep import double as twice\n")
     (tmp_path / "dreamlite_data/deep.py").write_text('"""Doc."""\n\n\ndef double(x):\n    """Twice."""\n    return 2 * x\n')
@@ -25,6 +25,7 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "dreamlite_data/keep.sql").write_text("-- keep the sharp\n-- @rule sharp margin\nSELECT *\nFROM op_quality WHERE sharpness > 1\n")
     (tmp_path / "dreamlite_data/rules.json").write_text("{}")
     (tmp_path / "dreamlite_data/lake.py").write_text("RETRIES = 3\n")
+    (tmp_path / "dreamlite_data/settings.py").write_text("THRESHOLD = 1\n")
     (tmp_path / "trainers/loop.py").write_text("STEPS = 3\n")
     return tmp_path
 
@@ -67,6 +68,7 @@ def test_a_change_in_anything_the_step_uses_changes_the_key(tree, file, text):
         ("dreamlite_data/keep.sql", "-- another remark\n-- @rule sharp margin\nSELECT *   FROM op_quality\nWHERE sharpness > 1\n"),
         ("trainers/loop.py", "STEPS = 4\n"),
         ("dreamlite_data/lake.py", "RETRIES = 4\n"),
+        ("dreamlite_data/settings.py", "THRESHOLD = 2\n"),
         ("dreamlite_data/rules.json", "[]"),
         ("dreamlite_data/unused.py", "X = 1\n"),
     ],
@@ -167,3 +169,17 @@ def test_a_recipe_is_in_the_key_of_its_stages_only():
         assert not {"trainers.recipes.dmd2", "trainers.recipes.refl", "dreamlite_data.policies.curate"} & seen
     assert "dreamlite_data.rewards.model" in code_of("refl")
     assert "trainers.export.runner" in code_of("evaluate_export")
+
+
+def test_every_setting_whose_declaration_is_in_no_key_is_in_the_spec_of_a_step():
+    """Otherwise a changed default would be taken for an old result."""
+    from flows.config import load_config
+    from flows.retrain import retrain_steps
+
+    config = load_config("smoke", ["components.source=train"])
+    said = canonical_json([step.spec for step in retrain_steps(config)])
+    groups = [config.components, config.model, config.evaluate, config.export, config.refresh.policy, config.refresh.scenes]
+    groups += [getattr(config.train, stage) for stage in type(config.train).model_fields]
+    for group in groups:
+        missing = [name for name in spec_of(group) if f'"{name}":' not in said]
+        assert not missing, f"{type(group).__name__}: {missing}"
