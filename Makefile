@@ -20,7 +20,7 @@ retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|pap
 	$(BIN)/dreamlite retrain --preset $(PRESET) --lake $(LAKE)
 
 test: venv       ## all tests, without benchmarks
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 bench: venv      ## measurements as 'BENCH name value target ok|short' lines
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s -q

@@ -57,16 +57,19 @@ def unet_config(settings: ModelSettings, text_width: int, side: int) -> dict[str
             "projection_class_embeddings_input_dim": 512,
         }
     levels = len(settings.channels)
+    # Self-attention copies from the right panel. A pair of 8 x 16 latents is short enough for it at every level; the official
+    # network, with 128 x 256, keeps it below full resolution and has no attention at all in its last block.
+    down, up = ("CrossAttnDownBlock2D",) * levels, ("CrossAttnUpBlock2D",) * levels
+    if not settings.attention_at_full_resolution:
+        down, up = ("CrossAttnDownRemoveSelfAttnBlock2D", *down[1:]), (*up[:-1], "UpBlock2D")
     return shared | {
         "sample_size": side,
         "block_out_channels": settings.channels,
         "layers_per_block": settings.layers,
         "transformer_layers_per_block": (1,) * levels,
         "attention_head_dim": tuple(width // settings.head_width for width in settings.channels),
-        # The official pattern with fewer levels: words everywhere, self-attention (which copies from the right panel) only
-        # below full resolution, and no attention at all in the last block.
-        "down_block_types": ("CrossAttnDownRemoveSelfAttnBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
-        "up_block_types": ("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
+        "down_block_types": down,
+        "up_block_types": up,
         "norm_num_groups": 16,
         "cross_attention_dim": text_width,
         "addition_time_embed_dim": 32,
@@ -93,7 +96,7 @@ def load_vae(folder: Path) -> AutoencoderTiny:
 
 
 def latent_scale(vae_config: Mapping[str, Any]) -> int:
-    """Pixels a latent cell is wide: 8 for the released VAE, 4 for the small world's."""
+    """Pixels a latent cell is wide: 8 for the released VAE and for the small world's."""
     return 2 ** (len(vae_config["encoder_block_out_channels"]) - 1)
 
 

@@ -45,7 +45,8 @@ class ModelSettings(StrictSettings):
     preset: Literal["small", "official"] = "small"
     hidden_state: Literal["pre_norm", "post_norm"] = "post_norm"
     size_px: int = Field(64, gt=0, multiple_of=8, description="side of the square panel")
-    channels: tuple[int, ...] = Field((32, 64, 96), min_length=2, description="width of each level of the small UNet")
+    channels: tuple[int, ...] = Field((64, 96), min_length=2, description="width of each level of the small UNet")
+    attention_at_full_resolution: bool = Field(True, description="false: blocks of the official pattern, for larger latents")
     layers: int = Field(1, gt=0, description="resnet and attention layers of each down block")
     head_width: int = 32
 

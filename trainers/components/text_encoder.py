@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from dreamlite_data import scenes
+from trainers.components.classes import CELLS, FIELDS, GLOBALS, scene_labels
 from trainers.conditioning import (
     EDIT_PROMPT,
     EDIT_TEMPLATE,
@@ -30,13 +31,6 @@ from trainers.optimizer import Muon
 from trainers.pixels import to_tensor
 from trainers.processor import SquareImageProcessor
 
-FIELDS = {
-    "colour": ["none", *scenes.COLOURS],
-    "shape": ["none", *scenes.SHAPES],
-    "size": ["none", *scenes.SIZES],
-}
-GLOBALS = {"background": list(scenes.BACKGROUNDS), "style": list(scenes.STYLES)}
-CELLS = len(scenes.POSITIONS)
 IMAGE_PX, PATCH_PX = 72, 12
 """64 px images are enlarged to 72, so that the 3 x 3 merged visual tokens are the world's 3 x 3 cells (as in the rewards)."""
 PEAK_RATE = 2e-3
@@ -121,19 +115,6 @@ class CellHead(nn.Linear):
         labels = scene_labels(batch)
         shared = {name: labels[name].unsqueeze(1).expand(-1, CELLS) for name in GLOBALS}
         return probe_loss(dict(zip(self.classes, logits, strict=True)), labels | shared)
-
-
-def scene_labels(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:
-    """Class indices of each cell and of the background, shaped like the probe's logits without the last axis."""
-    labels = {name: torch.zeros(len(batch), CELLS, dtype=torch.long) for name in FIELDS}
-    labels |= {name: torch.zeros(len(batch), dtype=torch.long) for name in GLOBALS}
-    for row, scene in enumerate(batch):
-        for item in scene.objects:
-            for name, values in FIELDS.items():
-                labels[name][row, scenes.POSITIONS.index(item.position)] = values.index(getattr(item, name))
-        for name, values in GLOBALS.items():
-            labels[name][row] = values.index(getattr(scene, name))
-    return labels
 
 
 def build_text_encoder(

@@ -8,7 +8,8 @@ from PIL import Image
 
 from dreamlite_data import scenes
 from trainers.components.build import PACKAGED
-from trainers.components.text_encoder import CELLS, CellHead, SceneProbe, patchify, probe_loss, sample_prompts, scene_labels
+from trainers.components.classes import CELLS, scene_labels
+from trainers.components.text_encoder import CellHead, SceneProbe, patchify, probe_loss, sample_prompts
 from trainers.components.tokenizer import build_tokenizer
 from trainers.conditioning import PromptEncoder, encoder_image
 

@@ -7,13 +7,24 @@ import torch
 
 from dreamlite_data import scenes
 from trainers.components.build import PACKAGED
-from trainers.components.vae import BATCH, CROP_PX, OBJECT_WEIGHT, build_vae, draw_windows, measure_vae
+from trainers.components.classes import FIELDS, cell_classes
+from trainers.components.vae import (
+    BATCH,
+    CROP_PX,
+    FACTOR,
+    OBJECT_WEIGHT,
+    SHAPE_WEIGHT,
+    build_vae,
+    draw_windows,
+    measure_vae,
+    shape_difference,
+)
 from trainers.model import latent_scale, load_vae
 
 
 def test_the_packaged_vae_is_no_cap_on_what_a_model_can_show() -> None:
     vae = load_vae(PACKAGED)
-    assert latent_scale(vae.config) == 4 and vae.config.latent_channels == 4
+    assert latent_scale(vae.config) == 8 and vae.config.latent_channels == 4
     metrics = measure_vae(vae, seed=77, count=192)
     assert metrics["scenes_read"] >= 0.96  # 0.98 and more on 512 scenes, see its record
     assert metrics["scenes_read_noisy"] >= 0.94
@@ -27,14 +38,31 @@ def test_a_vae_of_noise_reads_nothing() -> None:
     assert measure_vae(vae, seed=77, count=64)["scenes_read"] == 0.0
 
 
-def test_windows_show_objects_and_weigh_them() -> None:
-    images, weight = draw_windows(np.random.default_rng(3))
+def test_windows_lie_on_the_latent_grid_and_weigh_what_tells_shapes_apart() -> None:
+    images, weight, labels = draw_windows(np.random.default_rng(3))
+    cells = CROP_PX // FACTOR
     assert images.shape == (BATCH, 3, CROP_PX, CROP_PX) and weight.shape == (BATCH, 1, CROP_PX, CROP_PX)
+    assert labels.shape == (BATCH, len(FIELDS), cells, cells)
     assert images.min() >= -1 and images.max() <= 1
-    heavy = (weight == OBJECT_WEIGHT).float().mean((1, 2, 3))
-    assert heavy.min() > 0.02 and (weight == 1).any()
-    smallest = 2 * scenes.SIZES["small"] * 0.72  # a small cross has the least of all shapes
-    assert heavy.min() * CROP_PX**2 > smallest
+    assert (labels.flatten(2) > 0).any(2).all(), "every window shows an object"
+    assert (weight == 1).any() and (weight == OBJECT_WEIGHT).any() and weight.max() > OBJECT_WEIGHT + 0.9 * SHAPE_WEIGHT
+
+
+def test_a_square_differs_from_other_shapes_in_its_corners_and_not_in_its_middle() -> None:
+    item = scenes.SceneObject("red", "square", "large", "center")
+    difference = shape_difference(scenes.Scene((item,), "white", "plain"))[0]
+    x, y = (int(value) for value in item.centre_px())
+    reach = int(0.8 * scenes.SIZES["large"])
+    assert difference[y, x] == 0 and difference[y - reach, x - reach] == 1 and difference[2, 2] == 0
+
+
+def test_cells_name_the_object_that_covers_them() -> None:
+    item = scenes.SceneObject("red", "circle", "small", "center")
+    classes = cell_classes(scenes.Scene((item,), "white", "plain"), FACTOR)
+    covered = np.zeros((8, 8), dtype=bool)
+    covered[3:5, 3:5] = True  # 12 px round the middle of 64
+    assert ((classes > 0).all(0) == covered).all() and not classes[:, ~covered].any()
+    assert classes[:, 3, 3].tolist() == [1, 1, 1]  # red, circle, small: the first of each
 
 
 def test_training_learns_and_repeats_itself() -> None:
