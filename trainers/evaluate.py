@@ -77,12 +77,8 @@ def evaluate_images(
     if teacher is not None:
         few = answer(teacher, settings, sampler.distilled_steps)
         rows += [_row("generate", "teacher_generate_exact", few.drawn_right), _row("edit", "teacher_edit_exact", few.edited_right)]
-    if "generate" in rewards:
-        mu = score_side_by_side(rewards["generate"], found.drawn, questions.prompts)
-        rows.append(_row("generate", "reward_generate", mu))
-    if "edit" in rewards:
-        mu = score_side_by_side(rewards["edit"], found.edited, questions.instructions, found.sources)
-        rows.append(_row("edit", "reward_edit", mu))
+        rows += _rewards("teacher_", rewards, few)
+    rows += _rewards("", rewards, found)
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, GRID_IMAGES)
     contact_sheet(
@@ -91,6 +87,18 @@ def evaluate_images(
     pairs = [[np.asarray(source), image] for source, image in zip(found.sources[shown], found.edited[shown], strict=True)]
     contact_sheet(pairs, questions.instructions[shown], found.edited_right[shown], output / "grid_edit.png")
     (output / "scores.json").write_text(json.dumps(rows, indent=2))
+    return rows
+
+
+def _rewards(prefix: str, rewards: dict[str, RewardModel], found: Answers) -> list[dict[str, object]]:
+    """The mean reward of each task that has a reward model."""
+    rows = []
+    if "generate" in rewards:
+        mu = score_side_by_side(rewards["generate"], found.drawn, found.questions.prompts)
+        rows.append(_row("generate", f"{prefix}reward_generate", mu))
+    if "edit" in rewards:
+        mu = score_side_by_side(rewards["edit"], found.edited, found.questions.instructions, found.sources)
+        rows.append(_row("edit", f"{prefix}reward_edit", mu))
     return rows
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from dreamlite_data import scenes
 from trainers.evaluate import answer, evaluate_images
@@ -33,6 +35,13 @@ class Artist:
         return np.stack([scenes.render(scene) for scene in chosen])
 
 
+class RedShare:
+    """A reward model that likes red: any real number of an image that tells two sets of answers apart."""
+
+    def score(self, images, prompts, sources=None):  # noqa: ANN001, ANN201
+        return SimpleNamespace(mu=torch.tensor([np.asarray(image)[..., 0].mean() for image in images]))
+
+
 def values(rows: list[dict[str, object]]) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in rows}
 
@@ -48,6 +57,13 @@ def test_a_perfect_artist_scores_one_and_a_lazy_one_changes_nothing(tmp_path) ->
     assert lazy.asked == [4]  # the teacher is asked in the student's number of steps
     assert (tmp_path / "grid_generate.png").is_file() and (tmp_path / "grid_edit.png").is_file()
     assert values(json.loads((tmp_path / "scores.json").read_text())) == found
+
+
+def test_student_and_teacher_are_scored_on_their_own_pictures(tmp_path) -> None:
+    found = values(evaluate_images(Artist(), {"edit": RedShare()}, SETTINGS, tmp_path, teacher=Artist(lazy=True)))
+    targets, sources = (np.stack([scenes.render(scene) for scene in drawn]) for drawn in (Artist().questions.targets, Artist().questions.sources))
+    assert np.isclose(found["reward_edit"], targets[..., 0].mean()) and np.isclose(found["teacher_reward_edit"], sources[..., 0].mean())
+    assert not {"reward_generate", "teacher_reward_generate"} & set(found)  # no reward model, no row
 
 
 def test_a_base_checkpoint_answers_in_the_steps_of_the_settings_and_a_mobile_one_in_its_own(checkpoints) -> None:
