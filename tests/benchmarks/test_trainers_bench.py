@@ -20,7 +20,7 @@ from trainers.settings import ModelSettings, SupervisedSettings
 pytestmark = pytest.mark.benchmark
 
 JOINT = SupervisedSettings(
-    tasks={"generate": 0.5, "edit": 0.5}, datasets=("t2i", "edit"), steps=100, batch=16, micro_batch=8, optimizer="muon"
+    tasks={"generate": 0.5, "edit": 0.5}, datasets=("t2i", "edit"), steps=100, batch=32, micro_batch=16, optimizer="muon"
 )
 
 
@@ -54,7 +54,7 @@ def median_ratio(first: Callable[[], float], second: Callable[[], float], pairs:
 
 
 def test_two_threads_against_the_two_of_torch(bench, rows) -> None:
-    ours, theirs = stepper(rows, JOINT), stepper(rows, JOINT.model_copy(update={"micro_batch": 16}))
+    ours, theirs = stepper(rows, JOINT), stepper(rows, JOINT.model_copy(update={"micro_batch": 32}))
 
     def with_ours() -> float:
         parallel.use_threads(2)
