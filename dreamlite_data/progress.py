@@ -29,15 +29,16 @@ class Progress:
     >>> with Progress("embed", total=100, unit="rows") as bar:
     ...     bar.advance(10, loss=0.5)
 
-    `total=None` means the end is not known: no percentage and no ETA. Silent when DREAMLITE_PROGRESS=0.
+    `total=None` means the end is not known: no percentage and no ETA. `done` is what an earlier run finished: it counts in
+    the percentage, not in the rate. Silent when DREAMLITE_PROGRESS=0.
     A bar inside a bar on a terminal prints plain lines, for only one live line can own the screen.
     """
 
     _live_owner: Progress | None = None
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "rows") -> None:
+    def __init__(self, label: str, total: int | None = None, unit: str = "rows", done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = self._before = done
         self.metrics: dict[str, float | str] = {}
         self._started = self._printed = time.monotonic()
         self._bar = None
@@ -94,12 +95,12 @@ class Progress:
     def describe(self) -> str:
         """The line's text: '120/400 rows 30% 24/s eta 0:12 loss=0.31'."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self._before) / seconds
         parts = [f"{self.done:,}/{self.total:,} {self.unit}" if self.total else f"{self.done:,} {self.unit}"]
         if self.total:
             parts.append(f"{100 * self.done / self.total:.0f}%")
         parts.append(f"{_number(rate)}/s")
-        if self.total and 0 < self.done < self.total:
+        if self.total and rate > 0 and self.done < self.total:
             parts.append(f"eta {_clock((self.total - self.done) / rate)}")
         parts += [f"{name}={_number(value) if isinstance(value, (int, float)) else value}" for name, value in self.metrics.items()]
         return " ".join(parts)

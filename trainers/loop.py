@@ -65,8 +65,7 @@ def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_ever
     _drop_lines_after(log_path, start)
     saved_at = time.monotonic()
     window: dict[str, list[float]] = {}
-    with log_path.open("a") as log, Progress(label, total=steps, unit="steps") as bar:
-        bar.update(start)
+    with log_path.open("a") as log, Progress(label, total=steps, unit="steps", done=start) as bar:
         for index in range(start, steps):
             metrics = recipe.step(index)
             broken = [name for name, value in metrics.items() if not math.isfinite(value)]
