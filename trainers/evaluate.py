@@ -70,15 +70,12 @@ def evaluate_images(
     """
     found = answer(sampler, settings)
     questions = found.questions
-    rows = [_row("generate", "generate_exact", found.drawn_right), _row("edit", "edit_exact", found.edited_right)]
+    rows = _scores("", found, rewards)
     counts = [f"{len(scene.objects)}_objects" for scene in questions.wanted]
     rows += _by_group("generate", "generate_exact", counts, found.drawn_right)
     rows += _by_group("edit", "edit_exact", questions.kinds, found.edited_right)
     if teacher is not None:
-        few = answer(teacher, settings, sampler.distilled_steps)
-        rows += [_row("generate", "teacher_generate_exact", few.drawn_right), _row("edit", "teacher_edit_exact", few.edited_right)]
-        rows += _rewards("teacher_", rewards, few)
-    rows += _rewards("", rewards, found)
+        rows += _scores("teacher_", answer(teacher, settings, sampler.distilled_steps), rewards)
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, GRID_IMAGES)
     contact_sheet(
@@ -90,9 +87,12 @@ def evaluate_images(
     return rows
 
 
-def _rewards(prefix: str, rewards: dict[str, RewardModel], found: Answers) -> list[dict[str, object]]:
-    """The mean reward of each task that has a reward model."""
-    rows = []
+def _scores(prefix: str, found: Answers, rewards: dict[str, RewardModel]) -> list[dict[str, object]]:
+    """The exact rate of each task, and the mean reward of each that has a reward model."""
+    rows = [
+        _row("generate", f"{prefix}generate_exact", found.drawn_right),
+        _row("edit", f"{prefix}edit_exact", found.edited_right),
+    ]
     if "generate" in rewards:
         mu = score_side_by_side(rewards["generate"], found.drawn, found.questions.prompts)
         rows.append(_row("generate", f"{prefix}reward_generate", mu))
