@@ -45,6 +45,10 @@ def test_windows_lie_on_the_latent_grid_and_weigh_what_tells_shapes_apart() -> N
     assert labels.shape == (BATCH, len(FIELDS), cells, cells)
     assert images.min() >= -1 and images.max() <= 1
     assert (labels.flatten(2) > 0).any(2).all(), "every window shows an object"
+    heavy = (weight >= OBJECT_WEIGHT).float().mean((1, 2, 3))
+    assert heavy.min() > 0.02
+    smallest = 2 * scenes.SIZES["small"] * 0.72  # a small cross has the least of all shapes
+    assert heavy.min() * CROP_PX**2 > smallest
     assert (weight == 1).any() and (weight == OBJECT_WEIGHT).any() and weight.max() > OBJECT_WEIGHT + 0.9 * SHAPE_WEIGHT
 
 
