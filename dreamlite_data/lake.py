@@ -263,18 +263,23 @@ class Lake:
     def _ensure_tables(self) -> None:
         views = resources.files("dreamlite_data").joinpath(VIEWS_FILE).read_text()
         digest = hashlib.sha256(views.encode()).hexdigest()
-        if self._have_tables() and self._views_digest() == digest:
+        if not self._missing_columns() and self._views_digest() == digest:
             return
         with self.exclusive("write"):
-            if not self._have_tables():
-                self.write(_create_tables)
+            missing = self._missing_columns()
+            if missing:
+                self.write(lambda connection: _create_tables(connection, missing))
                 self.write(_inline_tracking)  # an option can be set only on a committed table
             if self._views_digest() != digest:
                 self.write(lambda connection: _create_views(connection, views, digest))
 
-    def _have_tables(self) -> bool:
-        rows = self.query("SELECT table_name FROM duckdb_tables() WHERE database_name = 'lake'")["table_name"].to_pylist()
-        return {*schema.TABLES, "lake_info"} <= set(rows)
+    def _missing_columns(self) -> dict[str, list[str]]:
+        """Columns of the schema that this lake does not have yet, by table; all of them where the table itself is new."""
+        rows = self.query("SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'").to_pylist()
+        have = {(row["table_name"], row["column_name"]) for row in rows}
+        wanted = {**{name: table.names for name, table in schema.TABLES.items()}, "lake_info": ["key", "value"]}
+        missing = {name: [column for column in columns if (name, column) not in have] for name, columns in wanted.items()}
+        return {name: columns for name, columns in missing.items() if columns}
 
     def _views_digest(self) -> str | None:
         rows = self.query("SELECT value FROM lake_info WHERE key = 'views'")["value"].to_pylist()
@@ -311,7 +316,8 @@ def register_files(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, S
             connection.execute("CALL ducklake_add_data_files('lake', ?, ?)", [name, str(path)])
 
 
-def _create_tables(connection: duckdb.DuckDBPyConnection) -> None:
+def _create_tables(connection: duckdb.DuckDBPyConnection, missing: Mapping[str, Sequence[str]]) -> None:
+    """Create tables that a lake lacks, and add columns that came with a newer version of the package (null in old rows)."""
     # DuckLake keeps small inserts in the catalog, which suits the tracking tables: they grow by a few rows at a time.
     # Elsewhere it is off, for it also reserves the column name row_id.
     connection.execute("CALL ducklake_set_option('lake', 'data_inlining_row_limit', 0)")
@@ -319,6 +325,9 @@ def _create_tables(connection: duckdb.DuckDBPyConnection) -> None:
     for name, arrow_schema in schema.TABLES.items():
         connection.register("empty_rows", arrow_schema.empty_table())
         connection.execute(f"CREATE TABLE IF NOT EXISTS {name} AS SELECT * FROM empty_rows LIMIT 0")
+        types = {row[0]: row[1] for row in connection.execute("DESCRIBE SELECT * FROM empty_rows").fetchall()}
+        for column in missing.get(name, ()):
+            connection.execute(f"ALTER TABLE {name} ADD COLUMN IF NOT EXISTS {column} {types[column]}")
         connection.unregister("empty_rows")
 
 

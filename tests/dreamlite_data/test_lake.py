@@ -55,6 +55,24 @@ def test_missing_columns_become_null_and_unknown_ones_are_refused(lake: Lake) ->
     assert lake.count("evals") == 1
 
 
+def test_a_lake_of_an_older_schema_gets_the_new_columns_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = {name: table for name, table in schema.TABLES.items() if name != "metrics"}
+    older["artifacts"] = pa.schema([field for field in schema.TABLES["artifacts"] if field.name != "metrics_json"])
+    with monkeypatch.context() as patched:
+        patched.setattr(schema, "TABLES", older)
+        patched.setattr(schema, "TRACKING", {name: older[name] for name in schema.TRACKING if name in older})
+        with Lake(tmp_path) as old:
+            old.append({"artifacts": [{"artifact_id": "kept", "bytes": 7}]})
+    with Lake(tmp_path) as new:
+        new.append({"artifacts": [{"artifact_id": "later", "metrics_json": "{}"}], "metrics": [{"run_id": "r", "value": 1.0}]})
+        rows = new.query("SELECT artifact_id, bytes, metrics_json FROM artifacts ORDER BY ALL").to_pylist()
+        assert rows == [
+            {"artifact_id": "kept", "bytes": 7, "metrics_json": None},
+            {"artifact_id": "later", "bytes": None, "metrics_json": "{}"},
+        ]
+        assert new.count("metrics") == 1
+
+
 def test_three_processes_committing_at_once_lose_nothing(tmp_path: Path) -> None:
     Lake(tmp_path).close()
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, "8"]) for name in "abc"]
