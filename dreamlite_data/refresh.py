@@ -16,6 +16,7 @@ import pyarrow as pa
 from dreamlite_data import sources
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
+from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import Operator, op_version
 from dreamlite_data.operators.caption import Caption
@@ -34,9 +35,9 @@ from dreamlite_data.sources.base import DigestCache, Unit
 
 __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
 
-MEASURES = ("quality", "duplicates", "edit", "caption", "verify_caption", "verify_edit")
+MEASURES = ("quality", "duplicates", "edit", "caption", *INSPECTIONS, "verify_caption", "verify_edit")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""
-GROUPS = {"quality": ("quality", "duplicates"), "verify": ("verify_caption", "verify_edit")}
+GROUPS = {"quality": ("quality", "duplicates"), "inspect": INSPECTIONS, "verify": ("verify_caption", "verify_edit")}
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -57,6 +58,7 @@ def _world(settings: ScenesSettings, seed: int) -> str:
 def write_sources(lake: Lake, settings: RefreshSettings, seed: int) -> dict[str, Any]:
     """Write the small world as WebDataset shards and export the photos. What stands complete already is not written again.
     The truth about planted faults goes to `<world>.truth.json` beside the shards' folder."""
+    require_installed(settings)  # the first step of a refresh: nothing is computed for a run that cannot end
     with lake.exclusive("refresh"):
         answer: dict[str, Any] = {"shards": 0, "planted_faults": 0, "photos": 0}
         if settings.scenes.t2i_rows or settings.scenes.edit_rows:
@@ -177,8 +179,10 @@ def _ingest_tasks(units: list[Unit], settings: RefreshSettings, version: str, st
 
 
 def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Sequence[str]) -> dict[str, Any]:
-    """Run the named measurements (of MEASURES, or the groups 'quality' and 'verify') over what they have not seen.
-    `edit` makes new images, so the measures of an image follow it at once. Returns rows and failures of each."""
+    """Run the named measurements (of MEASURES, or the groups of GROUPS) over what they have not seen.
+    `edit` makes new images, so the measures of an image follow it at once. Returns rows and failures of each,
+    and why where one is off."""
+    require_installed(settings)
     wanted: list[str] = []
     for name in names:
         if name not in (*MEASURES, *GROUPS):
@@ -191,11 +195,13 @@ def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Se
             for step in steps:
                 counts = _measure_one(lake, settings, executor, step)
                 for key, value in counts.items():
-                    answer[f"{step}_{key}"] = answer.get(f"{step}_{key}", 0) + value
+                    answer[f"{step}_{key}"] = value if isinstance(value, str) else answer.get(f"{step}_{key}", 0) + value
     return answer
 
 
-def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int]:
+def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
+    if name in INSPECTIONS:
+        return inspect(lake, settings, executor, name)
     if name == "duplicates":
         return _group_duplicates(lake)
     return measure_pending(lake, _measurement(lake, settings, name), executor, settings.ingest.rows_per_task)

@@ -61,6 +61,24 @@ OPERATORS: dict[str, pa.Schema] = {
         subject_id=ID, op_version=ID, in_language=pa.bool_(), matches=pa.bool_(), edited_fraction=pa.float32(),
         outside_fraction=pa.float32(), edit_mask=pa.binary(), reason=pa.string(), error=pa.string(),
     ),
+    # Further captions, one operator per captioner and style. `retry`: the call failed for a passing reason and is made again.
+    "op_describe": _schema(
+        subject_id=ID, op_version=ID, style=ID, captioner=ID, prompt_id=ID, caption_id=ID, text=pa.string(), reason=pa.string(),
+        retry=pa.bool_(), error=pa.string(),
+    ),
+    # `vector` has length 1. `similarity` is the cosine of a caption and its image, `clip_score` a hundred times that.
+    "op_embed": _schema(subject_id=ID, op_version=ID, model=ID, vector=pa.list_(pa.float32()), error=pa.string()),
+    "op_similarity": _schema(
+        subject_id=ID, op_version=ID, model=ID, similarity=pa.float32(), clip_score=pa.float32(), error=pa.string()
+    ),
+    # What was not asked for is null. `face_fraction`: share of the image's area inside face boxes.
+    "op_safety": _schema(
+        subject_id=ID, op_version=ID, nsfw=pa.float32(), nsfw_label=ID, faces=pa.int32(), face_fraction=pa.float32(),
+        watermark=pa.float32(), error=pa.string(),
+    ),
+    "op_text": _schema(
+        subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
+    ),
     # The highest position names the current version of each operator, so a setting that is turned back costs nothing.
     "operator_versions": _schema(name=ID, op_version=ID, config_json=pa.string(), position=pa.int64()),
 }  # fmt: skip

@@ -77,8 +77,81 @@ class PolicySettings(StrictSettings):
     sft_share: float = Field(0.35, gt=0, le=1)
     rl_rows_per_task: int = Field(4000, ge=1)
     heldout_share: float = Field(0.05, ge=0, lt=1)
+    min_similarity: float | None = Field(None, gt=0, le=1)
+    max_nsfw: float | None = Field(None, gt=0, lt=1)
+    max_face_fraction: float | None = Field(None, gt=0, lt=1)
+    max_watermark: float | None = Field(None, gt=0, lt=1)
+    max_text_fraction: float | None = Field(None, gt=0, lt=1)
     allow_unanimous: tuple[str, ...] = ()
     """Rules ("dataset.rule", or "*") that may pass or reject every row without that being an error."""
+
+
+CaptionStyle = Literal["tag", "short", "medium", "dense"]
+
+
+class CaptionBackend(StrictSettings):
+    """Who writes captions, in which styles. The scene reader reads every image anyway, for verification; with styles it also
+    writes them. `transformers` takes `model` as a folder or hub id (with `revision`), `endpoint` as the name that the
+    OpenAI-compatible server at `base_url` serves; its key comes from the environment variable `key_variable`."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "key_variable", "timeout_s", "attempts", "concurrency", "tries", "num_gpus", "batch_images"}
+    )
+
+    backend: Literal["scene", "transformers", "endpoint"] = "scene"
+    styles: tuple[CaptionStyle, ...] = ()
+    model: str | None = None
+    revision: str | None = None
+    base_url: str | None = Field(None, pattern=r"^https?://[^\s]+$")
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    timeout_s: float = Field(60.0, gt=0, le=3600)
+    attempts: int = Field(3, ge=1, le=10)
+    concurrency: int = Field(8, ge=1, le=256)
+    tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
+    num_gpus: float = Field(0.0, ge=0)
+    batch_images: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_its_backend(self) -> CaptionBackend:
+        needed = {"scene": (), "transformers": ("model", "styles"), "endpoint": ("model", "base_url", "styles")}[self.backend]
+        missing = [name for name in needed if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"the captions backend {self.backend!r} also needs {' and '.join(missing)}")
+        foreign = {"scene": ("model", "revision", "base_url"), "transformers": ("base_url",), "endpoint": ("revision",)}[self.backend]
+        given = [name for name in foreign if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"the captions backend {self.backend!r} has no {' or '.join(given)}: take it out, or choose another backend")
+        return self
+
+    def name(self) -> str:
+        """What its captions are signed with."""
+        return "scene-reader" if self.model is None else self.model if self.backend == "endpoint" else Path(self.model).name
+
+
+class EmbedSettings(StrictSettings):
+    """A CLIP- or SigLIP-class model, as a folder or hub id with its revision; null: nothing is embedded."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset({"num_gpus", "batch_images"})
+
+    model: str | None = None
+    revision: str | None = None
+    num_gpus: float = Field(0.0, ge=0)
+    batch_images: int = Field(16, ge=1)
+
+
+class SafetySettings(StrictSettings):
+    """What to look for in every image. `nsfw` needs the extra of that name; `watermark` is the folder of an image classifier
+    that has a label with 'watermark' in it."""
+
+    nsfw: bool = False
+    faces: bool = False
+    watermark: str | None = None
+
+
+class TextSettings(StrictSettings):
+    """Reading words in images; `ocr` needs the extra of that name."""
+
+    ocr: bool = False
 
 
 class RefreshSettings(StrictSettings):
@@ -91,5 +164,31 @@ class RefreshSettings(StrictSettings):
     extra_sources: tuple[ExtraSource, ...] = ()
     ingest: IngestSettings = IngestSettings()
     policy: PolicySettings = PolicySettings()
+    captions: tuple[CaptionBackend, ...] = (CaptionBackend(),)
+    embed: EmbedSettings = EmbedSettings()
+    safety: SafetySettings = SafetySettings()
+    text: TextSettings = TextSettings()
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _caption_operators_differ(self) -> RefreshSettings:
+        names = [(backend.name(), style) for backend in self.captions for style in backend.styles]
+        twice = sorted({f"{name} ({style})" for name, style in names if names.count((name, style)) > 1})
+        if twice:
+            raise ValueError(f"refresh.captions asks twice for the captions of {', '.join(twice)}: name each model and style once")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_have_measures(self) -> RefreshSettings:
+        needs = {
+            "min_similarity": ("embed.model", self.embed.model),
+            "max_nsfw": ("safety.nsfw", self.safety.nsfw),
+            "max_face_fraction": ("safety.faces", self.safety.faces),
+            "max_watermark": ("safety.watermark", self.safety.watermark),
+            "max_text_fraction": ("text.ocr", self.text.ocr),
+        }
+        for rule, (measure, given) in needs.items():
+            if getattr(self.policy, rule) is not None and not given:
+                raise ValueError(f"refresh.policy.{rule} decides by what refresh.{measure} measures, which is off: set it, or leave the rule out")
+        return self

@@ -25,14 +25,70 @@ SELECT * FROM op_verify_edit WHERE op_version = (SELECT op_version FROM current_
 CREATE OR REPLACE VIEW current_scores AS
 SELECT s.* FROM scores s JOIN current_versions v ON v.op_version = s.op_version AND v.name = 'score_' || s.task;
 
+CREATE OR REPLACE VIEW current_safety AS
+SELECT * FROM op_safety WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'safety');
+
+CREATE OR REPLACE VIEW current_text AS
+SELECT * FROM op_text WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'text');
+
+CREATE OR REPLACE VIEW current_embed AS
+SELECT * FROM op_embed WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'embed');
+
+CREATE OR REPLACE VIEW current_similarity AS
+SELECT * FROM op_similarity WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'similarity');
+
+-- One row per image, captioner and style.
+CREATE OR REPLACE VIEW current_describe AS
+SELECT d.* FROM op_describe d SEMI JOIN current_versions v ON v.op_version = d.op_version AND starts_with(v.name, 'describe_');
+
+-- Every caption of an image that a training step may see, with the probability of its being drawn: SANA's rule, as in
+-- operators/caption_draw.py. A caption of which the small world's verifier knows that it is wrong takes no part.
+CREATE OR REPLACE MACRO caption_choices_at(threshold, temperature) AS TABLE
+WITH offered AS (
+    SELECT caption_id FROM current_ingest WHERE error IS NULL
+    UNION SELECT caption_id FROM current_caption
+    UNION SELECT caption_id FROM current_describe
+),
+choices AS (
+    SELECT c.image_id, c.caption_id, c.style, c.captioner, c.text, s.clip_score,
+           coalesce(s.clip_score >= threshold AND s.clip_score > 0, false) AS passes
+    FROM captions c
+    SEMI JOIN offered o ON o.caption_id = c.caption_id
+    LEFT JOIN current_similarity s ON s.subject_id = c.caption_id
+    LEFT JOIN current_verify_caption v ON v.subject_id = c.caption_id
+    WHERE NOT coalesce(v.in_language AND NOT v.matches, false)
+),
+weighed AS (
+    SELECT *,
+           CASE WHEN passes THEN pow(CAST(clip_score AS DOUBLE) / max(CAST(clip_score AS DOUBLE)) OVER of_image, 1.0 / temperature) ELSE 0.0 END AS weight,
+           bool_or(passes) OVER of_image AS any_passes,
+           row_number() OVER (PARTITION BY image_id ORDER BY clip_score DESC NULLS LAST, style <> 'provider', caption_id) AS place
+    FROM choices
+    WINDOW of_image AS (PARTITION BY image_id)
+)
+SELECT image_id, caption_id, style, captioner, text, clip_score,
+       CASE WHEN any_passes THEN weight / sum(weight) OVER (PARTITION BY image_id) ELSE CAST(place = 1 AS DOUBLE) END AS probability
+FROM weighed;
+
+CREATE OR REPLACE VIEW caption_choices AS SELECT * FROM caption_choices_at(25.0, 0.1);
+
 CREATE OR REPLACE VIEW duplicates AS
 SELECT subject_id AS image_id, group_id, kind, distance
 FROM current_duplicates
 WHERE group_id IN (SELECT group_id FROM current_duplicates GROUP BY group_id HAVING count(*) > 1);
 
--- One row per caption that a record offers: the provider's own, and the captioner's where the provider's is absent or wrong.
+-- One row per caption that a record offers: the provider's own, the scene reader's where the provider's is absent or wrong, and
+-- where neither has words the best of those that captioners wrote (by similarity; where that is not measured, the medium one).
 CREATE OR REPLACE VIEW t2i_records AS
-WITH offered AS (
+WITH described AS (
+    SELECT d.subject_id AS image_id,
+           first(d.caption_id ORDER BY s.similarity DESC NULLS LAST, list_position(['medium', 'short', 'dense', 'tag'], d.style), d.caption_id)
+               AS caption_id
+    FROM current_describe d LEFT JOIN current_similarity s ON s.subject_id = d.caption_id
+    WHERE d.caption_id IS NOT NULL
+    GROUP BY d.subject_id
+),
+offered AS (
     SELECT subject_id AS row_id, subject_id AS record_id, 'provider' AS style, caption_id, source, domain, shard, source_key, image_id,
            notes, error
     FROM current_ingest WHERE task = 'generate'
@@ -43,20 +99,31 @@ WITH offered AS (
     JOIN current_caption k ON k.subject_id = r.image_id AND k.caption_id IS NOT NULL
     LEFT JOIN current_verify_caption v ON v.subject_id = r.caption_id
     WHERE r.task = 'generate' AND NOT coalesce(v.matches, false)
+    UNION ALL
+    SELECT r.subject_id || '#described', r.subject_id, 'described', d.caption_id, r.source, r.domain, r.shard, r.source_key, r.image_id,
+           r.notes, r.error
+    FROM current_ingest r
+    JOIN described d ON d.image_id = r.image_id
+    ANTI JOIN (SELECT subject_id FROM current_caption WHERE caption_id IS NOT NULL) k ON k.subject_id = r.image_id
+    WHERE r.task = 'generate' AND r.caption_id IS NULL
 )
 SELECT o.row_id, o.record_id, o.style, o.caption_id, o.source, o.domain, o.shard, o.source_key, o.image_id, o.notes, o.error,
        c.text, i.width, i.height, i.mime,
        q.sharpness, q.brightness, q.contrast, q.entropy_bits, q.colourfulness, q.clipped_fraction,
        coalesce(d.group_id, o.image_id) AS group_id,
        v.in_language, v.matches, v.reason,
-       s.mu AS reward, s.log_sigma AS reward_log_sigma
+       s.mu AS reward, s.log_sigma AS reward_log_sigma,
+       m.similarity, f.nsfw, f.nsfw_label, f.faces, f.face_fraction, f.watermark, w.text_fraction
 FROM offered o
 LEFT JOIN images i ON i.image_id = o.image_id
 LEFT JOIN captions c ON c.caption_id = o.caption_id
 LEFT JOIN current_quality q ON q.subject_id = o.image_id
 LEFT JOIN current_duplicates d ON d.subject_id = o.image_id
 LEFT JOIN current_verify_caption v ON v.subject_id = o.caption_id
-LEFT JOIN current_scores s ON s.subject_id = o.caption_id AND s.task = 'generate';
+LEFT JOIN current_scores s ON s.subject_id = o.caption_id AND s.task = 'generate'
+LEFT JOIN current_similarity m ON m.subject_id = o.caption_id
+LEFT JOIN current_safety f ON f.subject_id = o.image_id
+LEFT JOIN current_text w ON w.subject_id = o.image_id;
 
 -- One row per edit triplet: those that sources bring, and those that exact operators made from photos.
 CREATE OR REPLACE VIEW edit_records AS

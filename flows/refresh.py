@@ -16,7 +16,7 @@ from flows.step import Edge, Step, StepContext, StepResult, step_id
 
 MEASURES = {
     "quality": ("quality", "duplicates"),
-    "caption": ("edit", "caption"),
+    "caption": ("edit", "caption", "inspect"),
     "verify": ("verify_caption", "verify_edit"),
 }
 """Which operators each measuring step runs."""
@@ -55,7 +55,12 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
         ),
         _measure_step(config, "quality", "ingest", {}, "Measure sharpness, contrast and near-duplicates."),
         _measure_step(
-            config, "caption", "quality", {"min_side_px": policy.min_side_px}, "Caption images and make edit triplets of photos."
+            config,
+            "caption",
+            "quality",
+            {"min_side_px": policy.min_side_px, **_model_specs(settings)},
+            "Caption images, make edit triplets of photos, and measure with the models that the settings name.",
+            external=lambda: {model: folder_digest(Path(model)) for model in _model_folders(settings)},
         ),
         _measure_step(config, "verify", "caption", {}, "Check captions and edits against the pixels."),
         Step(
@@ -82,7 +87,30 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     ]
 
 
-def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str) -> Step:
+def _model_specs(settings: RefreshSettings) -> dict[str, Any]:
+    """What decides which models measure, for a key."""
+    return {
+        "captions": [spec_of(backend) for backend in settings.captions],
+        "embed": spec_of(settings.embed),
+        "safety": spec_of(settings.safety),
+        "text": spec_of(settings.text),
+    }
+
+
+def _model_folders(settings: RefreshSettings) -> list[str]:
+    """Models given as folders: their content counts, wherever they lie."""
+    models = [backend.model for backend in settings.captions if backend.backend == "transformers"]
+    return [model for model in (*models, settings.embed.model, settings.safety.watermark) if model is not None and Path(model).is_dir()]
+
+
+def _measure_step(
+    config: PipelineConfig,
+    name: str,
+    before: str,
+    spec: dict[str, Any],
+    about: str,
+    external: Callable[[], dict[str, str]] | None = None,
+) -> Step:
     settings, operators = config.refresh, MEASURES[name]
     return Step(
         name,
@@ -91,6 +119,7 @@ def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str
         spec={"operators": operators, **spec},
         inputs=(before,),
         alone=VIEWS,
+        external=external,
         about=about,
     )
 

@@ -49,7 +49,8 @@ def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Ta
     """Every candidate with its verdict, sorted by row_id, and per rule how many rows reached it and how many failed there.
     Columns: the candidate's own, verdict, first_rule, rule_position, margin, failed. A null measurement does not pass."""
     rules = policy.active(parameters)
-    used = {name: parameters[name] for name in policy.parameters() & parameters.keys()}
+    # Only what the rules that are on name: DuckDB refuses a parameter that its query does not have.
+    used = {name: parameters[name] for name in Policy(policy.dataset, policy.candidates, tuple(rules)).parameters() & parameters.keys()}
     unknown = policy.parameters() - parameters.keys()
     if unknown:
         raise CurationError(f"policies/{policy.dataset}.sql reads ${', $'.join(sorted(unknown))}, which no setting provides")
