@@ -129,6 +129,7 @@ def source_list(lake: Lake, settings: RefreshSettings, seed: int | None = None) 
 def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[str, Any]:
     """Read every unit (shard or file) that is new or changed. A unit that is gone from its source is withdrawn: its records
     leave the current state, earlier snapshots keep them. Returns counts of units, records, failed and quarantined."""
+    require_installed(settings)
     with lake.exclusive("refresh"):
         lake.clean()
         operator = Ingest(settings.ingest)
