@@ -82,10 +82,14 @@ class Safety:
 
 def _nsfw(pixels: np.ndarray) -> dict[str, Any]:
     """The highest confidence of an exposed part (0 where nudenet sees none) and its label."""
-    seen = _nude_detector().detect(np.ascontiguousarray(pixels[..., ::-1]))  # it expects OpenCV's order of channels
-    exposed = [(float(one["score"]), one["class"]) for one in seen if one["class"] in NSFW_LABELS]
+    exposed = [(float(one["score"]), one["class"]) for one in _seen(pixels) if one["class"] in NSFW_LABELS]
     score, label = max(exposed, default=(0.0, None))
     return {"nsfw": score, "nsfw_label": label}
+
+
+def _seen(pixels: np.ndarray) -> list[dict[str, Any]]:
+    """What nudenet detects in uint8 [H, W, 3], as if it had read the file itself (so in OpenCV's order of channels)."""
+    return _nude_detector().detect(np.ascontiguousarray(pixels[..., ::-1]))
 
 
 @functools.cache

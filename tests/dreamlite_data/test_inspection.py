@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ IMAGES = 6
 INSPECTED = ["op_describe", "op_embed", "op_similarity", "op_safety", "op_text", "captions"]
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six noise pictures, every second one with words beside it."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path_factory.mktemp("own") / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
@@ -55,19 +56,32 @@ def asking(server_url: str, styles: tuple[str, ...] = ("tag", "short"), **change
     return [{"backend": "endpoint", "styles": styles, "model": "captioner-7b", "base_url": server_url, "concurrency": 3, **changes}]
 
 
-def ingested(root: Path, settings: RefreshSettings) -> Lake:
+Prepared = Callable[[Path], Lake]
+
+
+def prepare(root: Path, settings: RefreshSettings) -> Lake:
+    """A lake in which all is done that comes before the models."""
     lake = Lake(root)
+    refresh.write_sources(lake, settings, 0)
     refresh.ingest(lake, settings, executors.local())
     refresh.measure(lake, settings, executors.local(), ["quality", "caption"])
     return lake
 
 
+@pytest.fixture(scope="module")
+def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Copies of one lake that holds the pictures: making it anew for each test would cost more than the tests."""
+    root = tmp_path_factory.mktemp("prepared") / "lake"
+    prepare(root, settings_for(pictures)).close()
+    return lambda copy: Lake(shutil.copytree(root, copy))
+
+
 # --- off by default --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_asked_for_is_off_says_so_and_leaves_no_trace(pictures: Path, tmp_path: Path) -> None:
+def test_what_is_not_asked_for_is_off_says_so_and_leaves_no_trace(prepared: Prepared, pictures: Path, tmp_path: Path) -> None:
     settings = settings_for(pictures)
-    lake = ingested(tmp_path / "lake", settings)
+    lake = prepared(tmp_path / "lake")
     before = lake.snapshot()
     answer = refresh.measure(lake, settings, executors.local(), ["inspect"])
     assert answer == {
@@ -107,10 +121,10 @@ def test_a_rule_about_what_is_not_measured_is_refused() -> None:
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-def test_each_picture_is_described_once_in_each_style(pictures: Path, tmp_path: Path) -> None:
+def test_each_picture_is_described_once_in_each_style(prepared: Prepared, pictures: Path, tmp_path: Path) -> None:
     with CountingServer() as server:
         settings = settings_for(pictures, captions=asking(server.url))
-        lake = ingested(tmp_path / "lake", settings)
+        lake = prepared(tmp_path / "lake")
         counts = refresh.measure(lake, settings, executors.local(), ["describe"])
         assert counts == {"describe_rows": 2 * IMAGES, "describe_failed": 0} and server.answered == 2 * IMAGES
         assert set(refresh.measure(lake, settings, executors.local(), ["describe"]).values()) == {0}
@@ -126,12 +140,12 @@ def test_each_picture_is_described_once_in_each_style(pictures: Path, tmp_path: 
     assert all(row["text"].split()[1] == row["subject_id"][:8] and row["prompt_id"] == f"{row['style']}-1" for row in rows)
 
 
-def test_another_lake_with_the_answers_of_this_one_pays_nothing(pictures: Path, tmp_path: Path) -> None:
+def test_another_lake_with_the_answers_of_this_one_pays_nothing(prepared: Prepared, pictures: Path, tmp_path: Path) -> None:
     with CountingServer() as server:
         settings = settings_for(pictures, captions=asking(server.url))
-        first = ingested(tmp_path / "first", settings)
+        first = prepared(tmp_path / "first")
         refresh.measure(first, settings, executors.local(), ["describe"])
-        second = ingested(tmp_path / "second", settings)
+        second = prepared(tmp_path / "second")
         shutil.copytree(responses_folder(first.files), responses_folder(second.files))
         refresh.measure(second, settings, executors.local(), ["describe"])
         assert server.answered == 2 * IMAGES
@@ -139,12 +153,12 @@ def test_another_lake_with_the_answers_of_this_one_pays_nothing(pictures: Path, 
 
 
 def test_a_failed_call_is_a_row_and_only_a_passing_failure_is_tried_again(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.001)
     with CountingServer() as server:
         settings = settings_for(pictures, captions=asking(server.url, ("short",), attempts=1, tries=2))
-        lake = ingested(tmp_path / "lake", settings)
+        lake = prepared(tmp_path / "lake")
         busy, refused = lake.query("SELECT image_id FROM images ORDER BY image_id LIMIT 2")["image_id"].to_pylist()
         replies = {busy: (503, b"busy", {}), refused: completion("I cannot describe this.")}
         server.reply = lambda body: replies.get(sha256_of_image(body)) or words_about_it(body)
@@ -157,10 +171,10 @@ def test_a_failed_call_is_a_row_and_only_a_passing_failure_is_tried_again(
         assert server.answered == IMAGES + 1 and lake.count("op_describe") == IMAGES
 
 
-def test_a_server_that_is_down_ends_the_refresh_with_a_sentence(pictures: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_down_ends_the_refresh_with_a_sentence(prepared: Prepared, pictures: Path, tmp_path: Path) -> None:
     with CountingServer(lambda body: (401, b"who are you", {})) as server:
         settings = settings_for(pictures, captions=asking(server.url))
-        lake = ingested(tmp_path / "lake", settings)
+        lake = prepared(tmp_path / "lake")
         with pytest.raises(EndpointError, match="refused the key"):
             refresh.measure(lake, settings, executors.local(), ["describe"])
         assert lake.count("op_describe") == 0
@@ -176,11 +190,11 @@ refresh.measure(Lake(sys.argv[1]), RefreshSettings.model_validate_json(sys.argv[
 
 
 @pytest.mark.parametrize("cache_kept", [True, False])
-def test_a_killed_refresh_pays_for_no_caption_twice(pictures: Path, tmp_path: Path, cache_kept: bool) -> None:
+def test_a_killed_refresh_pays_for_no_caption_twice(prepared: Prepared, pictures: Path, tmp_path: Path, cache_kept: bool) -> None:
     before_kill, styles = 8, ("tag", "short")
     with CountingServer(hold_after=before_kill) as server:
         settings = settings_for(pictures, captions=asking(server.url, styles))
-        lake = ingested(tmp_path / "lake", settings)
+        lake = prepared(tmp_path / "lake")
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(lake.root), settings.model_dump_json()])
         server.wait_until_held(3)  # all three connections wait: the eight answers before are in
         os.kill(process.pid, signal.SIGKILL)
@@ -194,7 +208,7 @@ def test_a_killed_refresh_pays_for_no_caption_twice(pictures: Path, tmp_path: Pa
         lost = 0 if cache_kept else before_kill - IMAGES
         assert server.answered == IMAGES * len(styles) + lost
         # Nothing shows that it was ever killed.
-        calm = ingested(tmp_path / "calm", settings)
+        calm = prepared(tmp_path / "calm")
         refresh.measure(calm, settings, executors.local(), ["describe"])
     assert contents(calm, INSPECTED) == contents(lake, INSPECTED)
 
@@ -204,9 +218,7 @@ def test_the_small_world_is_described_without_any_weights(tmp_path: Path) -> Non
         scenes={"t2i_rows": 24, "edit_rows": 4, "fault_share": 0.0}, photos={"enabled": False},
         captions=[{"backend": "scene", "styles": ["tag", "short", "medium", "dense"]}],
     )  # fmt: skip
-    lake = Lake(tmp_path / "lake")
-    refresh.write_sources(lake, settings, 0)
-    ingested(tmp_path / "lake", settings)
+    lake = prepare(tmp_path / "lake", settings)
     plain = refresh.measure(lake, settings, executors.local(), ["verify"])
     rows = lake.query("SELECT row_id, caption_id FROM t2i_records ORDER BY ALL").to_pylist()
     counts = refresh.measure(lake, settings, executors.local(), ["describe"])
@@ -226,12 +238,12 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_captions_are_compared_with_their_images_and_drawn_by_it(
-    pictures: Path, tmp_path: Path, towers: str, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, pictures: Path, tmp_path: Path, towers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection, "SIMILARITY_ROWS", 4)
     with CountingServer(lambda body: completion("a red circle" if "tags" in str(body) else "a small blue square on the photo")) as server:
         settings = settings_for(pictures, captions=asking(server.url), embed={"model": towers}, safety={"faces": True})
-        lake = ingested(tmp_path / "lake", settings)
+        lake = prepared(tmp_path / "lake")
         counts = refresh.measure(lake, settings, executors.local(), ["inspect"])
         assert counts["embed_rows"] == IMAGES and counts["similarity_rows"] == 2 * IMAGES + IMAGES // 2 and counts["safety_rows"] == IMAGES
         assert counts["embed_failed"] == counts["similarity_failed"] == counts["safety_failed"] == 0
@@ -266,13 +278,13 @@ def test_captions_are_compared_with_their_images_and_drawn_by_it(
         assert len(open_dataset(lake, "t2i")) == 3
 
 
-def test_tasks_processes_and_their_number_change_no_byte(pictures: Path, tmp_path: Path, towers: str) -> None:
+def test_tasks_processes_and_their_number_change_no_byte(prepared: Prepared, pictures: Path, tmp_path: Path, towers: str) -> None:
     with CountingServer() as server:
         wanted = {"captions": asking(server.url), "embed": {"model": towers}, "safety": {"faces": True}}
-        one = ingested(tmp_path / "one", settings_for(pictures, **wanted))
+        one = prepared(tmp_path / "one")
         refresh.measure(one, settings_for(pictures, **wanted), executors.local(), ["inspect"])
         cut = settings_for(pictures, **wanted, ingest={"rows_per_task": 2})
-        two = ingested(tmp_path / "two", cut)
+        two = prepared(tmp_path / "two")
         with executors.local(2) as executor:
             refresh.measure(two, cut, executor, ["inspect"])
             assert executor.started == 1
@@ -280,12 +292,12 @@ def test_tasks_processes_and_their_number_change_no_byte(pictures: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_ray_changes_no_byte_and_pays_for_no_call_that_is_kept(pictures: Path, tmp_path: Path, towers: str) -> None:
+def test_ray_changes_no_byte_and_pays_for_no_call_that_is_kept(prepared: Prepared, pictures: Path, tmp_path: Path, towers: str) -> None:
     with CountingServer() as server:
         wanted = {"captions": asking(server.url), "embed": {"model": towers}, "ingest": {"rows_per_task": 2}}
-        one = ingested(tmp_path / "one", settings_for(pictures, **wanted))
+        one = prepared(tmp_path / "one")
         refresh.measure(one, settings_for(pictures, **wanted), executors.local(), ["inspect"])
-        two = ingested(tmp_path / "two", settings_for(pictures, **wanted))
+        two = prepared(tmp_path / "two")
         shutil.copytree(responses_folder(one.files), responses_folder(two.files))
         with executors.ray(2) as executor:
             refresh.measure(two, settings_for(pictures, **wanted), executor, ["inspect"])

@@ -30,8 +30,8 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():  # as drawn by transformers a model this narrow says the same of everything
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
-    # A random model never ends by itself: one token in fifteen counts as its end.
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(300, 340)]
+    # A random model never ends by itself: one token in six counts as its end.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(500, 600)]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     build_processor(tokenizer, image_px=IMAGE_PX, patch_px=PATCH_PX).image_processor.save_pretrained(folder)
