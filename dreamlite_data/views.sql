@@ -139,7 +139,11 @@ SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, 
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
        coalesce(d.group_id, e.source_image_id) AS group_id, a.pixel_sha256 AS source_pixels, b.pixel_sha256 AS target_pixels,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
-       s.mu AS reward, s.log_sigma AS reward_log_sigma
+       s.mu AS reward, s.log_sigma AS reward_log_sigma,
+       -- The worse of both images; adding the other keeps it null where one of them was not measured.
+       greatest(f.nsfw, g.nsfw) + 0 * (f.nsfw + g.nsfw) AS nsfw,
+       greatest(f.face_fraction, g.face_fraction) + 0 * (f.face_fraction + g.face_fraction) AS face_fraction,
+       greatest(f.watermark, g.watermark) + 0 * (f.watermark + g.watermark) AS watermark
 FROM offered o
 LEFT JOIN edits e ON e.edit_id = o.edit_id
 LEFT JOIN images i ON i.image_id = e.target_image_id
@@ -147,7 +151,9 @@ LEFT JOIN current_quality a ON a.subject_id = e.source_image_id
 LEFT JOIN current_quality b ON b.subject_id = e.target_image_id
 LEFT JOIN current_duplicates d ON d.subject_id = e.source_image_id
 LEFT JOIN current_verify_edit v ON v.subject_id = o.edit_id
-LEFT JOIN current_scores s ON s.subject_id = o.edit_id AND s.task = 'edit';
+LEFT JOIN current_scores s ON s.subject_id = o.edit_id AND s.task = 'edit'
+LEFT JOIN current_safety f ON f.subject_id = e.source_image_id
+LEFT JOIN current_safety g ON g.subject_id = e.target_image_id;
 
 -- For people: what the lake holds, without the rows that never became an image.
 CREATE OR REPLACE VIEW samples AS SELECT * FROM t2i_records WHERE error IS NULL;

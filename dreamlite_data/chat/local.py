@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dreamlite_data.chat.base import Question, call_of
+from dreamlite_data.inference import worker_threads
 from dreamlite_data.responses import CallFailed, Response, Responses
 
 
@@ -35,14 +37,19 @@ class LocalChat:
             if answer is None:
                 groups.setdefault(questions[index].max_new_tokens, []).append(index)
         for limit, indices in groups.items():
-            loaded = _load(self._model, self._revision)
-            step = self._batch if loaded.device != "cpu" else 1
-            for start in range(0, len(indices), step):
-                part = indices[start : start + step]
-                for index, outcome in zip(part, self._answers(loaded, [questions[i] for i in part], limit), strict=True):
-                    failed = isinstance(outcome, CallFailed)
-                    answers[index] = responses.keep_failure(calls[index], outcome) if failed else responses.keep(calls[index], outcome)
+            with worker_threads():
+                for part, outcomes in self._parts(questions, indices, limit):
+                    for index, outcome in zip(part, outcomes, strict=True):
+                        failed = isinstance(outcome, CallFailed)
+                        answers[index] = responses.keep_failure(calls[index], outcome) if failed else responses.keep(calls[index], outcome)
         return [answer for answer in answers if answer is not None]
+
+    def _parts(self, questions: Sequence[Question], indices: list[int], limit: int) -> Iterator[tuple[list[int], list[str | CallFailed]]]:
+        loaded = _load(self._model, self._revision)
+        step = self._batch if loaded.device != "cpu" else 1
+        for start in range(0, len(indices), step):
+            part = indices[start : start + step]
+            yield part, self._answers(loaded, [questions[index] for index in part], limit)
 
     @staticmethod
     def _answers(loaded: _Loaded, questions: list[Question], limit: int) -> list[str | CallFailed]:
@@ -134,8 +141,6 @@ def load_processor(model: str, revision: str | None) -> Any:
 
 def _chat_template(model: str, revision: str | None, tokenizer: Any) -> str:
     """The template that comes with the model: its own file, else the tokenizer's."""
-    import json
-
     from transformers.utils import cached_file
 
     found = {

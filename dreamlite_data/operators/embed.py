@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow as pa
 from PIL import Image
 
 from dreamlite_data import schema
+from dreamlite_data.inference import worker_threads
 
 CLIP_SCORE_SCALE = 100.0
 """A CLIP score is the cosine times 100 (as SANA and torchmetrics count it; Hessel et al. 2021 use 2.5 with zero as floor)."""
@@ -68,9 +68,6 @@ class Encoder:
 @functools.cache
 def encoder(model: str, revision: str | None, batch: int) -> Encoder:
     """The model, loaded once per process."""
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1") or 1))
     return Encoder(model, revision, batch)
 
 
@@ -96,7 +93,8 @@ class Embed:
         good = [index for index, image in enumerate(images) if isinstance(image, Image.Image)]
         answers: list[dict[str, Any]] = [{"error": image} if isinstance(image, str) else {} for image in images]
         if good:
-            vectors = encoder(self.model, self.revision, self.batch).images([images[index] for index in good])
+            with worker_threads():
+                vectors = encoder(self.model, self.revision, self.batch).images([images[index] for index in good])
             for index, vector in zip(good, vectors, strict=True):
                 answers[index] = _checked(vector)
         return pa.Table.from_pylist(
@@ -144,7 +142,8 @@ class Similarity:
         answers: list[dict[str, Any]] = [{"error": "its image has no embedding"} if vector is None else {} for vector in vectors]
         good = [index for index, vector in enumerate(vectors) if vector is not None]
         if good:
-            written = encoder(self.model, self.revision, self.batch).texts([texts[index] for index in good])
+            with worker_threads():
+                written = encoder(self.model, self.revision, self.batch).texts([texts[index] for index in good])
             for index, words in zip(good, written, strict=True):
                 cosine = float(np.dot(words.astype(np.float64), np.asarray(vectors[index], dtype=np.float64)))
                 answers[index] = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from dreamlite_data import schema
 from dreamlite_data.images import decode_stored
+from dreamlite_data.inference import worker_threads
 from dreamlite_data.operators.base import by_row
 from dreamlite_data.settings import SafetySettings
 
@@ -76,7 +76,8 @@ class Safety:
             boxes = find_faces(pixels)
             answer |= {"faces": len(boxes), "face_fraction": covered_fraction(boxes, *pixels.shape[:2])}
         if self.settings.watermark:
-            answer["watermark"] = _watermark_classifier(self.settings.watermark).score(pixels)
+            with worker_threads():
+                answer["watermark"] = _watermark_classifier(self.settings.watermark).score(pixels)
         return answer
 
 
@@ -144,7 +145,6 @@ class _WatermarkClassifier:
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1") or 1))
         self.network = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
         self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         labels = {index: label.lower() for index, label in self.network.config.id2label.items()}

@@ -56,8 +56,9 @@ def _reader() -> Any:
     from rapidocr import RapidOCR
 
     logging.getLogger("RapidOCR").setLevel(logging.ERROR)
-    # Its wheel carries the weights of detection, direction and recognition.
-    return RapidOCR(params={"Global.text_score": LOWEST_CONFIDENCE, "Global.log_level": "error"})
+    # Its wheel carries the weights of detection, direction and recognition. One thread, for every core has its own worker.
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
+    return RapidOCR(params={"Global.text_score": LOWEST_CONFIDENCE, "Global.log_level": "error", **threads})
 
 
 def polygons_fraction(polygons: Any, height: int, width: int) -> float:

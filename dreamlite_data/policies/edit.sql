@@ -3,6 +3,7 @@
 -- @candidates
 SELECT row_id, 'edit' AS task, image_id, source_image_id, text, edit_type, edited_fraction, edit_mask, CAST(1 AS FLOAT) AS weight,
        group_id, error, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
+       nsfw, face_fraction, watermark,
        row_number() OVER (PARTITION BY coalesce(source_pixels, row_id), coalesce(target_pixels, row_id), text ORDER BY row_id) AS copy
 FROM edit_records
 WHERE list_contains($sources, source)
@@ -30,3 +31,12 @@ $max_outside_fraction - outside_fraction
 
 -- @rule edit_matches_instruction when=require_scene_language allow=pass_all
 matches
+
+-- @rule no_nudity margin when=max_nsfw allow=any
+$max_nsfw - nsfw
+
+-- @rule no_large_faces margin when=max_face_fraction allow=any
+$max_face_fraction - face_fraction
+
+-- @rule no_watermark margin when=max_watermark allow=any
+$max_watermark - watermark

@@ -3,6 +3,7 @@
 -- @candidates
 SELECT e.row_id, 'edit' AS task, e.image_id, e.source_image_id, e.text, e.edit_type, e.edited_fraction, e.edit_mask,
        CAST(1 AS FLOAT) AS weight, e.group_id, e.width, e.height, e.source_sharpness, e.matches,
+       e.nsfw, e.face_fraction, e.watermark,
        row_number() OVER (PARTITION BY e.source_pixels, e.target_pixels, e.text ORDER BY e.row_id) AS copy
 FROM edit_records e
 WHERE e.route = 'exact' AND e.source_image_id IN (SELECT image_id FROM provenance WHERE list_contains($sources, source))
@@ -21,3 +22,12 @@ edited_fraction - $min_edited_fraction
 
 -- @rule edit_matches_instruction allow=pass_all
 matches
+
+-- @rule no_nudity margin when=max_nsfw allow=any
+$max_nsfw - nsfw
+
+-- @rule no_large_faces margin when=max_face_fraction allow=any
+$max_face_fraction - face_fraction
+
+-- @rule no_watermark margin when=max_watermark allow=any
+$max_watermark - watermark
