@@ -91,8 +91,8 @@ def test_what_was_said_about_an_image_can_be_forgotten(tmp_path: Path) -> None:
 
 def _write_many(root: str) -> None:
     responses = Responses(root)
-    for number in range(40):
-        responses.keep(dataclasses.replace(CALL, prompt=f"question {number}"), "x" * 20_000)
+    for number in range(200):
+        responses.keep(dataclasses.replace(CALL, prompt=f"question {number % 4}"), "x" * 400_000)
 
 
 def test_many_processes_write_the_same_calls_and_no_reader_sees_half_a_file(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_many_processes_write_the_same_calls_and_no_reader_sees_half_a_file(tmp_
     seen = 0
     while any(writer.is_alive() for writer in writers):
         for file in tmp_path.rglob("*.json"):
-            assert len(json.loads(file.read_text())["value"]) == 20_000
+            assert len(json.loads(file.read_text())["value"]) == 400_000
             seen += 1
     assert [writer.exitcode for writer in writers] == [0, 0] and seen
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 40 and all(file.suffix == ".json" for file in files)
+    assert len(files) == 4 and all(file.suffix == ".json" for file in files)
