@@ -79,7 +79,7 @@ def scene_words(scene: scenes.Scene, style: str, image_id: str) -> str:
     if style == "tag":
         return ", ".join([*things, f"{scene.style} {scene.background} background"])
     if style == "short":
-        phrases = [f"a {thing}" for thing in things]
+        phrases = [f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in things]
         return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     if style == "medium":
         return scenes.caption(scene)

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamlite_data import executors, inspection, refresh
+from dreamlite_data import executors, inspection, refresh, schema
 from dreamlite_data.chat import EndpointError, endpoint
 from dreamlite_data.dataset import open_dataset
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.caption_draw import CaptionChoice, draw_probabilities
 from dreamlite_data.operators.safety import MissingExtra
+from dreamlite_data.policies import read_policy
+from dreamlite_data.policies.curate import judge
 from dreamlite_data.responses import responses_folder
-from dreamlite_data.settings import RefreshSettings
+from dreamlite_data.settings import PolicySettings, RefreshSettings
 from tests.dreamlite_data.conftest import contents
 from tests.dreamlite_data.counting_server import CountingServer, completion, sha256_of_image, words_about_it
 from tests.dreamlite_data.operators.tiny_towers import tiny_clip
@@ -302,6 +304,27 @@ def test_ray_changes_no_byte_and_pays_for_no_call_that_is_kept(prepared: Prepare
             refresh.measure(two, settings_for(pictures, **wanted), executor, ["inspect"])
         assert server.answered == 2 * IMAGES
     assert contents(two, INSPECTED) == contents(one, INSPECTED)
+
+
+def test_an_edit_is_as_unsafe_as_the_worse_of_its_images_and_unknown_where_one_is(lake: Lake) -> None:
+    scores = {"calm": 0.1, "bare": 0.9, "not looked at": None}
+    pairs = [("calm", "bare"), ("bare", "calm"), ("calm", "calm"), ("calm", "not looked at"), ("not looked at", "bare")]
+    ingested = [{"subject_id": f"{a}>{b}", "op_version": "g", "task": "edit", "edit_id": f"{a}>{b}", "source": "own"} for a, b in pairs]
+    edits = [{"edit_id": f"{a}>{b}", "source_image_id": a, "target_image_id": b} for a, b in pairs]
+    safety = [{"subject_id": name, "op_version": "s", "nsfw": score} for name, score in scores.items()]
+    versions = [{"name": name, "op_version": version, "position": 0} for name, version in (("safety", "s"), ("ingest", "g"))]
+    rows = {"op_ingest": ingested, "edits": edits, "op_safety": safety, "operator_versions": versions}
+    lake.append({name: schema.rows_table(name, table) for name, table in rows.items()})
+    found = {row["row_id"]: row["nsfw"] for row in lake.query("SELECT row_id, nsfw FROM edit_records").to_pylist()}
+    assert found == {
+        "calm>bare": pytest.approx(0.9), "bare>calm": pytest.approx(0.9), "calm>calm": pytest.approx(0.1), "calm>not looked at": None,
+        "not looked at>bare": None,
+    }  # fmt: skip
+    # A null does not pass a rule that is on.
+    parameters = PolicySettings(max_nsfw=0.5, require_scene_language=False).model_dump() | {"sources": ["own"], "seed": "0"}
+    judged, _ = judge(lake, read_policy("edit"), parameters)
+    verdicts = {row["row_id"]: "no_nudity" in row["failed"] for row in judged.to_pylist()}
+    assert verdicts == {name: score is None or score > 0.5 for name, score in found.items()}
 
 
 @pytest.mark.parametrize("view", ["caption_choices", "t2i_records", "current_describe"])

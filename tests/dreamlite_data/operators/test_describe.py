@@ -40,6 +40,12 @@ def test_the_scene_reader_writes_each_style_and_the_longer_ones_say_all() -> Non
             assert item.position in words["dense"] and item.position not in words["tag"]
 
 
+def test_the_short_words_are_english() -> None:
+    scene = scenes.Scene((scenes.SceneObject("orange", "circle", "large", "top left"), *SCENE.objects[1:]), "grey", "plain")
+    assert scene_words(scene, "short", "") == "an orange circle and a blue square"
+    assert scene_words(scene, "tag", "") == "orange circle, blue square, plain grey background"
+
+
 def test_a_style_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="no caption style 'poem'"):
         scene_words(SCENE, "poem", "00" * 32)
