@@ -18,7 +18,7 @@ from dreamlite_data.lake import Lake, insert
 from dreamlite_data.operators.run import make_current
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import DownloadSettings
-from dreamlite_data.sources.download import Job, Outcome, download, place
+from dreamlite_data.sources.outcome import Job, Outcome, place
 
 COMMIT_S = 5.0
 """Outcomes are committed at least this often while they come: what a kill can cost is the asking, for stored bytes are not lost."""
@@ -62,6 +62,8 @@ def fetch(lake: Lake, sources: Iterable[Any], settings: DownloadSettings) -> dic
     jobs = pending(lake, wanted, settings)
     failed = 0
     if jobs:
+        from dreamlite_data.sources.download import download  # loading the HTTP library takes longer than a look that finds nothing
+
         with Progress("download", total=len(jobs), unit="urls") as bar:
             for outcomes in _in_groups(download(jobs, settings, folder(lake)), COMMIT_S):
                 _commit(lake, outcomes, version)

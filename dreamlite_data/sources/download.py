@@ -23,6 +23,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from dreamlite_data.settings import DownloadSettings
+from dreamlite_data.sources.outcome import Job, Outcome, place
 
 BATCH_URLS = 4096
 """URLs that wait for their turn at once; each is one coroutine."""
@@ -36,41 +37,10 @@ VALUED_DIRECTIVES = ("unavailable_after", "max-snippet", "max-image-preview", "m
 https://developers.google.com/search/docs/crawling-indexing/robots-meta-tag"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One URL to fetch. `sha256` is what its bytes must have, where the list says so; `tries` how often it was asked before."""
-
-    url: str
-    sha256: str | None = None
-    tries: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of a URL: the sha256 of the stored bytes, or `error` (a reason to group by) and `detail`. A `permanent` failure
-    would be the same tomorrow."""
-
-    url: str
-    tries: int
-    status: int | None = None
-    sha256: str | None = None
-    size_bytes: int | None = None
-    etag: str | None = None
-    mime: str | None = None
-    permanent: bool = False
-    error: str | None = None
-    detail: str | None = None
-
-
 class _Refused(Exception):
     def __init__(self, reason: str, detail: str, permanent: bool, status: int | None = None) -> None:
         super().__init__(detail)
         self.reason, self.detail, self.permanent, self.status = reason, detail, permanent, status
-
-
-def place(folder: Path, sha256: str) -> Path:
-    """Where the bytes with this digest lie."""
-    return folder / sha256[:2] / sha256
 
 
 def download(jobs: Iterable[Job], settings: DownloadSettings, folder: Path, resolver: AbstractResolver | None = None) -> Iterator[Outcome]:

@@ -4,6 +4,7 @@ A refused source stops the refresh before anything is read or withdrawn."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 
 from dreamlite_data.settings import ExtraSource
@@ -17,6 +18,7 @@ from dreamlite_data.sources.sample_folders import SampleFolderSource
 from dreamlite_data.sources.url_list import UrlListSource
 from dreamlite_data.sources.webdataset import WebDatasetSource
 
+HUB_TIMEOUT_S = 10.0
 FOLDERS_ONLY = ("folder", "webdataset", "sample_folders")
 Outcomes = Callable[[list[str]], Mapping[str, str]]
 
@@ -80,3 +82,16 @@ def identity(settings: ExtraSource) -> str:
         mapping = mappings.load(settings.mapping)
         parts.append(mapping.model_dump_json())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def hub_commit(settings: ExtraSource) -> str:
+    """The commit that the revision of a hub dataset stands for now; the revision itself where the hub does not answer."""
+    revision = settings.revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(str(settings.path), revision=revision, timeout=HUB_TIMEOUT_S).sha or revision
+    except Exception:  # no network, no such dataset: reading it will say which
+        return revision
