@@ -174,7 +174,7 @@ def _add_words(mapping: mappings.Mapping, record: Record, row: dict[str, Any], r
     record.metadata["url"] = take["url"]
     record.metadata["licence"] = _text(mappings.lookup(row, mapping.licence_column))
     place = _text(mappings.lookup(row, mapping.origin_column))
-    record.metadata["origin"] = f"{mapping.origin}/{place}" if place else mapping.origin
+    record.metadata["origin"] = "/".join(filter(None, (mapping.origin, place))) if place else None  # else the unit knows it
     for role, column in mapping.captions.items():
         words = _text(mappings.lookup(row, column))
         if words is not None:

@@ -55,7 +55,7 @@ class Mapping(StrictSettings):
     """One data set. Fields that hold a column take a name or a list of alternatives (see `Column`)."""
 
     name: str
-    origin: str
+    origin: str | None = None
     licence: str | None = None
     layouts: tuple[Literal["parquet", "huggingface", "jsonl", "webdataset", "sample_folders"], ...]
     task: Literal["generate", "edit", "preference"]
