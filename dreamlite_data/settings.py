@@ -101,16 +101,27 @@ class ExtraSource(StrictSettings):
     split: str = "train"
     revision: str | None = None
 
+    TAKES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "folder": (),
+        "webdataset": ("mapping",),
+        "parquet": ("mapping", "image_root", "limit_rows", "rows_per_unit", "unit_mb"),
+        "huggingface": ("mapping", "image_root", "limit_rows", "rows_per_unit", "unit_mb", "config", "split", "revision"),
+        "jsonl": ("mapping", "image_root", "limit_rows", "rows_per_unit"),
+        "sample_folders": ("mapping", "limit_rows"),
+        "url_list": ("limit_rows",),
+    }
+    """Which settings a kind of source takes besides name, kind, path, licence and origin."""
+
     @model_validator(mode="after")
     def _check_fit(self) -> ExtraSource:
-        needs = self.kind in ("jsonl", "sample_folders")
-        if needs and self.mapping is None:
+        takes = self.TAKES[self.kind]
+        unfit = sorted(self.model_fields_set - {"name", "kind", "path", "licence", "origin", *takes})
+        unfit = [name for name in unfit if getattr(self, name) != type(self).model_fields[name].default]
+        if unfit:
+            kinds = [kind for kind, names in self.TAKES.items() if unfit[0] in names]
+            raise ValueError(f"source {self.name!r} of kind {self.kind!r} takes no {unfit[0]}: that is for kind {' or '.join(kinds)}")
+        if self.kind in ("jsonl", "sample_folders") and self.mapping is None:
             raise ValueError(f"source {self.name!r} of kind {self.kind!r} needs a mapping: name one, or give the path of a YAML file")
-        if self.mapping is not None and self.kind in ("folder", "url_list"):
-            raise ValueError(f"source {self.name!r} of kind {self.kind!r} takes no mapping: leave it out")
-        hub_only = [name for name in ("config", "revision") if getattr(self, name) is not None]
-        if hub_only and self.kind != "huggingface":
-            raise ValueError(f"source {self.name!r}: {hub_only[0]} is a setting of kind 'huggingface' only, not of {self.kind!r}")
         return self
 
 

@@ -79,8 +79,10 @@ def identity(settings: ExtraSource) -> str:
     if settings.kind == "huggingface" and not settings.path.exists():
         parts += [str(settings.path), settings.revision or "main"]
     if settings.mapping is not None:
-        mapping = mappings.load(settings.mapping)
-        parts.append(mapping.model_dump_json())
+        try:
+            parts.append(mappings.load(settings.mapping).model_dump_json())
+        except mappings.MappingError as error:  # whoever reads the source will be told
+            parts.append(str(error))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -126,8 +126,9 @@ def test_another_mapping_reads_again_and_takes_the_old_rows_away(lake: Lake, tmp
     ("settings", "words"),
     [
         ({"kind": "jsonl"}, "needs a mapping"),
-        ({"kind": "folder", "mapping": "hq_edit"}, "takes no mapping"),
-        ({"kind": "parquet", "config": "x"}, "config is a setting of kind 'huggingface' only"),
+        ({"kind": "folder", "mapping": "hq_edit"}, "takes no mapping: that is for kind webdataset or parquet"),
+        ({"kind": "parquet", "config": "x"}, "of kind 'parquet' takes no config: that is for kind huggingface"),
+        ({"kind": "webdataset", "limit_rows": 1}, "takes no limit_rows"),
         ({"kind": "parquet", "limit_row": 1}, "did you mean 'limit_rows'"),
     ],
 )
