@@ -23,16 +23,15 @@ CONTENT: dict[str, pa.Schema] = {
         stored=ID, original_mime=ID, original_sha256=ID, notes=pa.string(), ingested_in=ID, origin=ID,
     ),
     "captions": _schema(caption_id=ID, image_id=ID, style=ID, text=pa.string(), captioner=ID, op_version=ID),
-    # turn counts from 1 within a session of edits that follow each other; relation is '', 'inverse' or 'composed'.
     "edits": _schema(
         edit_id=ID, source_image_id=ID, target_image_id=ID, instruction=pa.string(), edit_type=ID, route=ID, parent_edit_id=ID,
-        op_version=ID, session_id=ID, turn=pa.int32(), relation=ID,
+        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(),
     ),
-    # Further forms ('short', 'long', ...) of an instruction; the one that trains by default stands in edits.instruction.
+    # Every wording of a triplet's instruction; form is 'short', 'long' or what a source calls it.
     "instructions": _schema(
         instruction_id=ID, edit_id=ID, form=ID, text=pa.string(), instructor=ID, prompt_id=ID, op_version=ID
     ),
-    # A 1-bit PNG of the target's size, white where the edit may change pixels; origin is 'provider' or the route that made it.
+    # Where an edit belongs, as a 1-bit PNG of the target's size; origin is the route or source that knows.
     "edit_masks": _schema(edit_id=ID, mask_png=pa.binary(), mask_fraction=pa.float32(), origin=ID),
     # Two results of one instruction, compared by people. Follow and quality keep the provider's own scale.
     "preferences": _schema(
@@ -120,8 +119,7 @@ TRACKING: dict[str, pa.Schema] = {
 
 TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING}
 
-CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id",
-                "edit_masks": "edit_id"}  # fmt: skip
+CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
 """Tables in which a row is stored once however often a source brings it."""
 
 RECORD_TABLES = ("provider_scores", "preferences")

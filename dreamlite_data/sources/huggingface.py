@@ -118,11 +118,19 @@ class HuggingFaceSource:
                     if left <= 0:
                         return
             return
-        for file in files:
-            reading = ParquetReading(self.mapping, None, stop_row=self.limit_rows)
-            yield self._unit(re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", file), file, "parquet", file, reading)
-            if self.limit_rows is not None:
-                return  # where a hub file ends is not known without reading it, so a limit is taken from the first
+        left = self.limit_rows
+        for index, file in enumerate(files):
+            last = None
+            if index == 0 or left is not None:
+                names, total = footer(file)
+                if index == 0:
+                    mappings.check_schema(self.mapping, names, f"{self.name} ({self.path})")
+                last = left if left is not None and left < total else None
+                left = None if left is None else left - total
+            address = re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", file)
+            yield self._unit(address, file, "parquet", file, ParquetReading(self.mapping, None, stop_row=last))
+            if left is not None and left <= 0:
+                return
 
     def _stream_units(self, builder: Any, files: list[str], digests: DigestCache) -> Iterator[Unit]:
         local = self.path.is_dir()
@@ -193,6 +201,17 @@ def commit_of(files: list[str]) -> str | None:
     """The commit that hub files were resolved at: it stands in their address (hf://datasets/owner/name@commit/...)."""
     found = re.match(r"hf://datasets/[^@]+@([^/]+)/", files[0]) if files else None
     return found.group(1) if found else None
+
+
+def footer(file: str) -> tuple[pa.Schema, int]:
+    """Columns and number of rows of a Parquet file on the hub, from its footer alone. Raises DatasetUnavailable."""
+    import fsspec
+
+    try:
+        with fsspec.open(file, "rb") as handle, pq.ParquetFile(handle) as reader:
+            return reader.schema_arrow, reader.metadata.num_rows
+    except Exception as error:  # the hub's client and the network raise kinds of their own
+        raise DatasetUnavailable(f"{file} cannot be opened ({type(error).__name__}: {error}): check the network and HF_TOKEN") from error
 
 
 def open_stream(path: str, config: str | None, split: str, revision: str | None) -> Any:

@@ -71,7 +71,7 @@ class Mapping(StrictSettings):
     """Words for the way back: each row then gives a second record with source and target exchanged."""
     edit_type: Column = ()
     edit_types: dict[str, str] = Field(default_factory=dict)
-    """The provider's label -> the common one; a label that is not here stays as it is."""
+    """The provider's label -> another, for labels that say nothing as they are; what labels mean is the taxonomy's business."""
     session: Column = ()
     turn: Column = ()
     caption: Column = ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from dreamlite_data import sources
@@ -113,10 +114,16 @@ class _Hub:
 
 def test_hub_parquet_is_known_by_its_commit_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = ("train-0.parquet", "train-1.parquet")
+    names = pa.schema([("image", pa.binary()), ("text", pa.string())])
+    monkeypatch.setattr(huggingface, "footer", lambda file: (names, 3))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: _Hub("c1", files))
     first = _units(_source(Path("owner/name")), tmp_path)
     assert [unit.shard for unit in first] == ["data/train-0.parquet", "data/train-1.parquet"] and all(unit.remote for unit in first)
     assert [unit.digest for unit in _units(_source(Path("owner/name")), tmp_path)] == [unit.digest for unit in first]
+    assert [unit.reading.stop_row for unit in _units(_source(Path("owner/name"), limit_rows=4), tmp_path)] == [None, 1]
+    assert [unit.reading.stop_row for unit in _units(_source(Path("owner/name"), limit_rows=3), tmp_path)] == [None]
+    with pytest.raises(MappingError, match="'HQ-Edit' takes"):
+        _units(_source(Path("owner/name"), mapping="hq_edit"), tmp_path)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: _Hub("c2", files))
     assert not {unit.digest for unit in _units(_source(Path("owner/name")), tmp_path)} & {unit.digest for unit in first}
 

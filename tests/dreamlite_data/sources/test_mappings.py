@@ -97,6 +97,8 @@ def test_magicbrush_has_sessions_turns_masks_and_its_canary(lake: Lake, tmp_path
     ]  # fmt: skip
     found = _edits(lake, {"kind": "parquet", "path": write_parquet(tmp_path / "x.parquet", lines), "mapping": "magicbrush"}, 2)
     assert [_columns(row, "session_id", "turn", "relation", "licence") for row in found] == [("set/7", 1, "", "CC-BY-4.0"), ("set/7", 2, "", "CC-BY-4.0")]
+    in_order = rows(lake, "SELECT session_id, turn, edit_id FROM sessions")
+    assert [tuple(row.values()) for row in in_order] == [("set/7", row["turn"], row["edit_id"]) for row in found]
     assert found[0]["target"] == found[1]["source"] and all("canary MagicBrush canary 1234" in row["notes"] for row in found)
     stored = rows(lake, "SELECT * FROM edit_masks")
     assert len(stored) == 2 and {(row["origin"], row["mask_fraction"]) for row in stored} == {("provider", np.float32(24 / 384))}
@@ -121,7 +123,7 @@ def test_ultraedit_has_six_scores_and_some_masks(lake: Lake, tmp_path: Path) -> 
     assert by_words["add a coat"]["notes"] == "mask_not_an_image" and by_words["free"]["notes"] is None
 
 
-def test_omniedit_gives_long_and_short_forms_and_common_types(lake: Lake, tmp_path: Path) -> None:
+def test_omniedit_gives_long_and_short_forms_and_keeps_its_types(lake: Lake, tmp_path: Path) -> None:
     line = {
         "omni_edit_id": "task_obj_1", "task": "removal", "src_img": cell(1), "edited_img": cell(2), "width": 24, "height": 16,
         "edited_prompt_list": ["remove hat", "Please take the red hat off his head"], "sc_score_1": 9, "sc_score_2": 8,
@@ -130,7 +132,7 @@ def test_omniedit_gives_long_and_short_forms_and_common_types(lake: Lake, tmp_pa
     path = write_parquet(tmp_path / "x.parquet", [line, {**line, "task": "a type of tomorrow", "edited_prompt_list": ["one wording"]}])
     found = _edits(lake, {"kind": "parquet", "path": path, "mapping": "omniedit"}, 2)
     assert [_columns(row, "instruction", "edit_type") for row in found] == [
-        ("Please take the red hat off his head", "object/remove"), ("one wording", "a type of tomorrow")
+        ("Please take the red hat off his head", "removal"), ("one wording", "a type of tomorrow")
     ]  # fmt: skip
     assert _forms(lake) == [("short", "remove hat")]
     assert _scores(lake, found[0]["edit_id"]) == {"sc_score_1": 9, "sc_score_2": 8, "pq_score": 10, "o_score": 8.9}
@@ -178,7 +180,7 @@ def test_pico_banana_has_two_lengths_of_words(lake: Lake, tmp_path: Path) -> Non
     line = {"open_image_input_url": url, "text": "Remove the flag and its pole", "output_image": "images/2.png",
             "edit_type": "Remove an existing object", "summarized_text": "Flag removed", "local_input_image": "images/1.png"}  # fmt: skip
     found = _edits(lake, {"kind": "jsonl", "path": _jsonl(tmp_path / "sft.jsonl", line), "mapping": "pico_banana"}, 1)
-    assert _columns(found[0], "instruction", "edit_type", "source", "target", "url") == (line["text"], "object/remove", _sha(1), _sha(2), url)
+    assert _columns(found[0], "instruction", "edit_type", "source", "target", "url") == (line["text"], "Remove an existing object", _sha(1), _sha(2), url)
     assert _forms(lake) == [("short", "Flag removed")] and found[0]["licence"] == "CC-BY-NC-ND-4.0"
 
 
