@@ -105,8 +105,13 @@ def read_mapped_shard(unit: Unit, limits: IngestSettings) -> list[Record]:
     for member in members(unit.path, limits):
         if isinstance(member, Record):
             found.append(member)
+            continue
+        row, columns = rows.setdefault(member.key, {}), _columns(member)
+        if member.suffix.rpartition(".")[2] in IMAGE_SUFFIXES and row.keys() & columns.keys():
+            detail = f"two members of key {member.key!r} hold {next(iter(columns))!r}: the first was taken"
+            found.append(Record(f"{member.key}#repeated{len(found)}", error="repeated_key", detail=detail))
         else:
-            rows.setdefault(member.key, {}).update(_columns(member))
+            row.update(columns)
     try:
         if rows:
             mappings.check_rows(unit.reading.mapping, list(rows.values())[:PEEKED_ROWS], unit.shard)
