@@ -92,13 +92,19 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
     missing = [name for name in REQUIRED_COLUMNS if name not in columns]
     if missing:
         raise PolicyError(f"{where}: the candidates lack the columns {', '.join(missing)}; every policy must select them")
-    for rule in policy.active(dict(parameters)):
+    rules = policy.active(dict(parameters))
+    for rule in rules:
         _check_expression(lake, rule.name, rule.body, where)
+    for together in (rules, *([rule] for rule in rules)):  # all at once, and one by one only to say which it is
+        sql = f"SELECT {', '.join(f'({rule.body})' for rule in together)} FROM ({policy.candidates}) LIMIT 0"
         try:
-            sql = f"SELECT ({rule.body}) AS answer FROM ({policy.candidates}) LIMIT 0"
             reader.query(sql, _only(used, sql))
         except LakeError as error:
-            raise PolicyError(f"{where}: the rule {rule.name}: {_explain(str(error), columns)}") from None
+            if len(together) > 1:
+                continue
+            raise PolicyError(f"{where}: the rule {together[0].name}: {_explain(str(error), columns)}") from None
+        if len(together) == len(rules):
+            break
     return columns
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ def write_contact_sheet(lake: Lake, trial: Trial, path: Path, samples: int = SAM
     sections: list[tuple[str, str, str, list[Sample], list[Sample]]] = []
     for rule, reached, rejected in trial.outcome:
         kept, dropped = _borderline(lake, trial, rule, rows, samples)
-        lead = f"{rejected:,} of {reached:,} rows that reach it fail."
-        lead += "" if rule.margin else " It has no margin, so these are a draw of both sides."
+        lead = f"{rejected:,} of {reached:,} rows that reach it fail." if rejected else f"It puts out none of {reached:,} rows."
+        lead += "" if rule.margin or not dropped else " It has no margin, so these are a draw from both sides."
         sections.append((rule.name, " ".join(rule.body.split()), lead, kept, dropped))
     changes = (_changes(trial, trial.entering, rows, samples), _changes(trial, trial.leaving, rows, samples))
     shown = [sample for section in sections for sample in (*section[3], *section[4])] + [s for side in changes for s in side]
@@ -78,8 +79,8 @@ def _rows_by_id(judged: pa.Table) -> dict[str, int]:
     return {row_id: index for index, row_id in enumerate(judged["row_id"].to_pylist())}
 
 
-def _draw(row_ids: list[str], count: int) -> list[str]:
-    return sorted(row_ids, key=lambda row_id: hashlib.sha256(row_id.encode()).digest())[:count]
+def _draw(row_ids: list[str], rule: str, count: int) -> list[str]:
+    return heapq.nsmallest(count, row_ids, key=lambda row_id: hashlib.sha256(f"{rule}:{row_id}".encode()).digest())
 
 
 def _borderline(lake: Lake, trial: Trial, rule: Rule, rows: dict[str, int], count: int) -> tuple[list[Sample], list[Sample]]:
@@ -88,7 +89,8 @@ def _borderline(lake: Lake, trial: Trial, rule: Rule, rows: dict[str, int], coun
     kept_ids = [row_id for row_id, index in rows.items() if verdicts[index] == "keep"]
     out_ids = [row_id for row_id, index in rows.items() if firsts[index] == rule.name]
     if not rule.margin:
-        return _samples(trial, rows, _draw(kept_ids, count), {}), _samples(trial, rows, _draw(out_ids, count), {})
+        kept = _draw(kept_ids, rule.name, count) if out_ids else []  # beside nothing they would show nothing
+        return _samples(trial, rows, kept, {}), _samples(trial, rows, _draw(out_ids, rule.name, count), {})
     used = {name: trial.parameters[name] for name in _parameters_of(trial, rule)}
     found = Reader(lake).query(f"SELECT row_id, CAST(({rule.body}) AS DOUBLE) AS margin FROM ({trial.policy.candidates}\n)", used)
     margins = dict(zip(found["row_id"].to_pylist(), found["margin"].to_pylist(), strict=True))
@@ -135,12 +137,18 @@ def _page(trial: Trial, sections: list[tuple[str, str, str, list[Sample], list[S
         *(f'<p class="warning">{escape(text)}</p>' for text in trial.warnings),
         _funnel_table(trial),
         _section("Rows that change sides", "", "Left: in now, out before. Right: out now, in before.", *changes, pictures, ("enter", "leave")),
-        *(_section(name, code, lead, kept, dropped, pictures, ("just kept", "just dropped")) for name, code, lead, kept, dropped in sections),
+        *(_section(*section, pictures, _titles(section)) for section in sections),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>Trial of {escape(trial.name)}</title><style>{_CSS}</style></head>\n<body><main>{''.join(body)}</main></body></html>\n"
     )
+
+
+def _titles(section: tuple[str, str, str, list[Sample], list[Sample]]) -> tuple[str, str]:
+    """'just' where the rows are those nearest to the border, which only a margin tells."""
+    near = any(sample.margin is not None for sample in (*section[3], *section[4]))
+    return ("just kept", "just dropped") if near else ("kept", "dropped")
 
 
 def _funnel_table(trial: Trial) -> str:
@@ -154,8 +162,10 @@ def _funnel_table(trial: Trial) -> str:
             )
         )  # fmt: skip
         cells.append(f"<tr><td>{escape(row['rule'])}</td>{numbers}</tr>")
-    head = "".join(f"<th>{text}</th>" for text in ("rule", "in", "rejected", "out", "in, current", "rejected", "out"))
-    return f'<h2>Funnel</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(cells)}</tbody></table></div>'
+    current = f"{trial.name}@{trial.version}" if trial.version else "no version yet"
+    over = f'<tr><th></th><th colspan="3">this policy</th><th colspan="3">{escape(current)}</th></tr>'
+    head = "".join(f"<th>{text}</th>" for text in ("rule", *("in", "rejected", "out") * 2))
+    return f'<h2>Funnel</h2><div class="scroll"><table><thead>{over}<tr>{head}</tr></thead><tbody>{"".join(cells)}</tbody></table></div>'
 
 
 def _section(
@@ -183,7 +193,9 @@ def _card(sample: Sample, pictures: dict[str, str]) -> str:
     margin = f'<span class="margin">{sample.margin:+.4g}</span> ' if sample.margin is not None else ""
     note = f'<div class="measures">{escape(sample.note)}</div>' if sample.note else ""
     skip = {*REQUIRED_COLUMNS, "verdict", "first_rule", "rule_position", "margin", "failed", "group_id"}
-    numbers = [f"{key} {_short(value)}" for key, value in row.items() if key not in skip and value is not None]
+    measured = [(key, value) for key, value in row.items() if key not in skip and value is not None]
+    measured.sort(key=lambda item: not isinstance(item[1], float))  # numbers of a scale first, then flags and sizes
+    numbers = [f"{key} {_short(value)}" for key, value in measured]
     measures = " · ".join(numbers[:_SHOWN_MEASURES])
     return (
         f'<figure class="sample"><div class="pictures">{"".join(shown)}</div>'

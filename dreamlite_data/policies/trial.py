@@ -117,9 +117,18 @@ def last_parameters(lake: Lake) -> dict[str, Any]:
     except ValidationError as error:
         raise PolicyError(f"the settings of the newest run in {lake.root} are of another version of this package: {error}") from None
     if not runs:
-        sources = lake.query("SELECT DISTINCT source FROM current_ingest ORDER BY source")["source"].to_pylist()
-        return settings.policy.model_dump() | {"sources": sources, "seed": "0"}
+        return settings.policy.model_dump() | _stored_origin(lake)
     return policy_parameters(lake, settings, config.get("seed", 0))
+
+
+def _stored_origin(lake: Lake) -> dict[str, Any]:
+    """Sources and seed of the newest dataset version that read them; without one, every source that the lake has."""
+    stored = lake.query(
+        "SELECT r.parameters FROM policy_rules r JOIN datasets d ON d.name = r.dataset AND d.version = r.version ORDER BY d.snapshot, r.dataset"
+    )["parameters"].to_pylist()
+    known = [json.loads(text) for text in stored]
+    sources = lake.query("SELECT DISTINCT source FROM current_ingest ORDER BY source")["source"].to_pylist()
+    return {"sources": sources, "seed": "0"} | {name: values[name] for values in known for name in ("sources", "seed") if name in values}
 
 
 def _parameters(lake: Lake, policy: Policy, overrides: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
