@@ -50,11 +50,16 @@ def _clear_errors() -> Iterator[None]:
 def _open(lake: Path, write: bool = False) -> Lake:
     from dreamlite_data.lake import Lake
 
-    Lake(lake, read_only=True).close()  # a lake that is not there is an error, not a new lake
-    if not write:
-        # A lake of an older version of the package gets the tables that came since, which is all this writes.
-        Lake(lake).close()
-    return Lake(lake, read_only=not write)
+    opened = Lake(lake, read_only=True)  # a lake that is not there is an error, not a new lake
+    known = opened.query("SELECT table_name FROM duckdb_tables() WHERE table_name = 'takedowns'")
+    if len(known) and not write:
+        return opened
+    opened.close()
+    upgraded = Lake(lake)  # a lake of an older version of the package gets the tables that came since
+    if write:
+        return upgraded
+    upgraded.close()
+    return Lake(lake, read_only=True)
 
 
 def _overrides(texts: list[str] | None) -> dict[str, Any]:

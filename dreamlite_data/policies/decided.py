@@ -9,7 +9,9 @@ import json
 from dreamlite_data.lake import Lake
 
 TABLES = {
-    "policies": "SELECT name, arg_max(digest, position) AS digest FROM policies GROUP BY name ORDER BY name",
+    # With the position: a policy that comes back after a reset is a new decision, and makes a new version.
+    "policies": "SELECT name, max(position) AS position, arg_max(coalesce(digest, ''), position) AS digest FROM policies "
+    "GROUP BY name ORDER BY name",
     "takedowns": "SELECT DISTINCT takedown_id FROM takedowns ORDER BY takedown_id",
 }
 

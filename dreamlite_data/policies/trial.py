@@ -59,13 +59,13 @@ def try_policy(lake: Lake, file: Path, name: str | None = None, overrides: Mappi
     check_sql(lake, policy, parameters, str(file))
     judged, outcome = judge(Reader(lake), policy, parameters)
     warnings = surprises(policy, outcome, len(judged), parameters)
-    if not len(judged):
-        warnings = [f"{file}: no row of the lake is a candidate"]
     version = _newest(lake, name)
     entering, leaving = _differences(lake, name, version, judged)
-    return Trial(
-        name, policy, text, parameters, given, judged, outcome, warnings, version, entering, leaving, _funnel(lake, name, outcome)
-    )
+    funnel = _funnel(lake, name, outcome)
+    trial = Trial(name, policy, text, parameters, given, judged, outcome, warnings, version, entering, leaving, funnel)
+    if not trial.kept and "*" not in parameters.get("allow_unanimous", ()):
+        warnings.append(f"{file}: no row of {len(judged):,} candidates stays")
+    return trial
 
 
 def commit_policy(lake: Lake, file: Path, name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Trial]:
