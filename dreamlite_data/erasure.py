@@ -22,11 +22,14 @@ import pyarrow.parquet as pq
 from dreamlite_data.lake import Lake, LakeError
 
 METADATA = "__ducklake_metadata_lake"
-NAMES_OF_GROUPS = {("op_duplicates", "group_id")}
+NAMES_OF_GROUPS = ("group_id",)
 """A group of duplicates keeps its name, the id of the image that opened it: splits of the others hang on it."""
-OPAQUE_CACHES = ("states-",)
-"""Folders below files/cache whose keys hide the image that went in: they go whole, and are filled again when needed."""
-_ID = re.compile(r"\b[0-9a-f]{64}\b")
+CACHES = ("cache", "candidates", "downloads")
+"""Folders below files/ that can be filled again."""
+OPAQUE_CACHES = ("cache/states-*", "candidates")
+"""Those in which an image or its words cannot be told from the outside (hashed keys, compressed text): they go whole."""
+_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+_ID_BYTES = re.compile(_ID.pattern.encode())
 _VACUUM = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
@@ -75,7 +78,7 @@ def erase(lake: Lake, image_ids: Sequence[str], text_digests: set[str], first_se
     lake.clean()
     _narrow_statistics(lake)
     _vacuum(lake)
-    cached = _clear_caches(lake.files / "cache", set(image_ids))
+    cached = _clear_caches(lake, set(image_ids))
     left, read = _scan(lake, set(image_ids), text_digests, tables)
     deleted = len(before - set(lake.data.rglob("*.parquet")))
     proof = hashlib.sha256(json.dumps({"images": sorted(image_ids), "texts": sorted(text_digests), "read": read, "left": left}).encode())
@@ -115,22 +118,25 @@ def _vacuum(lake: Lake) -> None:
                         "that hold the lake open and run the same command again")  # fmt: skip
 
 
-def _clear_caches(folder: Path, image_ids: set[str]) -> int:
-    """Delete the files below files/cache that name an image; whatever was kept there can be computed again."""
+def _clear_caches(lake: Lake, image_ids: set[str]) -> int:
+    """Delete the files of caches that name an image, or are one, as stored or as it came."""
     gone = 0
-    if not folder.is_dir():
-        return 0
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name.startswith(OPAQUE_CACHES):
-            gone += sum(item.is_file() for item in path.rglob("*"))
-            shutil.rmtree(path)
-    wanted = [image_id.encode() for image_id in sorted(image_ids)]
-    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+    for path in sorted(item for pattern in OPAQUE_CACHES for item in lake.files.glob(pattern)):
+        gone += sum(item.is_file() for item in path.rglob("*"))
+        shutil.rmtree(path)
+    stones = lake.query("SELECT image_id, original_sha256 FROM tombstones SEMI JOIN i USING (image_id)", i=_ids(image_ids))
+    names = {text for column in stones.columns for text in column.to_pylist() if text}
+    for path in sorted(item for name in CACHES for item in (lake.files / name).rglob("*") if item.is_file()):
         content = path.read_bytes()
-        if any(image_id in content for image_id in wanted):
+        held = path.stem in names or hashlib.sha256(content).hexdigest() in names
+        if held or any(name in names for name in map(bytes.decode, _ID_BYTES.findall(content))):
             path.unlink()
             gone += 1
     return gone
+
+
+def _ids(image_ids: set[str]) -> pa.Table:
+    return pa.table({"image_id": pa.array(sorted(image_ids), pa.string())})
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------
@@ -161,7 +167,7 @@ def _columns_that_hold(path: Path, image_ids: set[str], text_digests: set[str]) 
     for group in range(file.num_row_groups):
         rows = file.read_row_group(group)
         for name, column in zip(rows.column_names, rows.columns, strict=True):
-            if (path.parent.name, name) in NAMES_OF_GROUPS:
+            if name in NAMES_OF_GROUPS:
                 continue
             if pa.types.is_list(column.type):
                 column = pc.list_flatten(column)

@@ -15,14 +15,16 @@ from typing import Any
 import pyarrow as pa
 
 from dreamlite_data import erasure, schema
+from dreamlite_data.dataset import read_images
+from dreamlite_data.images import decode_stored
 from dreamlite_data.lake import Lake, LakeError, insert, register_files
 from dreamlite_data.operators.base import write_table
 from dreamlite_data.policies.curate import ROW_COLUMNS, rows_digest
-from dreamlite_data.tombstones import failure, id_columns
+from dreamlite_data.tombstones import failure, id_columns, pixel_digest
 
-UNTOUCHED = ("takedowns", "tombstones", "policies", "op_shard", "lake_info")
+UNTOUCHED = ("takedowns", "tombstones", "policies", "op_shard")
 """Tables that name forgotten images on purpose, or hold nothing that is made from an image."""
-TEXT_COLUMNS = ("text", "instruction", "caption_raw", "url")
+TEXT_COLUMNS = ("text", "instruction", "caption_raw")
 """Columns with words about an image: those of a forgotten one are looked for afterwards, unless another row has the same."""
 
 
@@ -209,13 +211,15 @@ def _remove(lake: Lake, doomed: _Doomed, planned: Takedown, affected: list[_File
 
 
 def _tombstones(lake: Lake, doomed: _Doomed, takedown_id: str, reason: str) -> pa.Table:
+    """One row for each form in which an image came: two files with other bytes may have become the same stored image."""
     rows = lake.query(
-        "SELECT i.image_id, min(p.original_sha256) AS original_sha256, min(q.pixel_sha256) AS pixel_sha256, any_value(i.width) AS width, "
-        "any_value(i.height) AS height FROM images i LEFT JOIN provenance p ON p.image_id = i.image_id "
-        "LEFT JOIN op_quality q ON q.subject_id = i.image_id WHERE i.image_id IN (SELECT id FROM doomed) GROUP BY i.image_id ORDER BY i.image_id",
+        "SELECT DISTINCT i.image_id, p.original_sha256, i.width, i.height FROM images i LEFT JOIN provenance p ON p.image_id = i.image_id "
+        "WHERE i.image_id IN (SELECT id FROM doomed) ORDER BY ALL",
         doomed=doomed.table(),
     ).to_pylist()
-    return schema.rows_table("tombstones", [{**row, "takedown_id": takedown_id, "reason": reason} for row in rows])
+    pixels = {image_id: pixel_digest(decode_stored(payload)) for image_id, payload in read_images(lake, doomed.images).items()}
+    made = {"takedown_id": takedown_id, "reason": reason}
+    return schema.rows_table("tombstones", [{**row, "pixel_sha256": pixels[row["image_id"]], **made} for row in rows])
 
 
 def _lone_texts(lake: Lake, doomed: _Doomed) -> list[str]:
@@ -260,11 +264,11 @@ def _new_versions(lake: Lake, doomed: _Doomed) -> dict[str, pa.Table]:
     renamed = {f"{row['name']}@{row['version']}": f"{row['name']}@{row['version'] + 1}" for row in held}
     for row in held:
         key, values = row["version"] + 1, {"name": row["name"], "version": row["version"]}
-        rows = lake.query(
+        rows = schema.conform("dataset_rows", lake.query(
             f"SELECT * FROM dataset_rows WHERE name = $name AND version = $version AND NOT {_naming('dataset_rows')} ORDER BY row_id",
             values,
             doomed=doomed.table(),
-        )
+        ))  # fmt: skip
         for table, where in (("decisions", f" AND NOT {_naming('decisions')}"), ("policy_rules", "")):
             copied = lake.query(f"SELECT * FROM {table} WHERE dataset = $name AND version = $version{where}", values, doomed=doomed.table())
             tables.setdefault(table, []).append(_numbered(table, copied, key))
@@ -304,7 +308,7 @@ def finish_takedowns(lake: Lake) -> list[erasure.Erased]:
     answers = []
     for row in open_ones:
         images = lake.query(
-            "SELECT image_id FROM tombstones WHERE takedown_id = $id ORDER BY image_id", {"id": row["takedown_id"]}
+            "SELECT DISTINCT image_id FROM tombstones WHERE takedown_id = $id ORDER BY image_id", {"id": row["takedown_id"]}
         )["image_id"].to_pylist()
         erased = erasure.erase(lake, images, set(row["digests"]), min(row["seen"]), [name for name in schema.TABLES if name not in UNTOUCHED])
         if erased.left:

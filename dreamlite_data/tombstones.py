@@ -31,7 +31,7 @@ def id_columns(table: str) -> list[str]:
 
 
 def pixel_digest(pixels: np.ndarray) -> str:
-    """Digest of uint8 [H, W, 3] pixels, as `op_quality.pixel_sha256` holds it: equal for every encoding of the same picture."""
+    """Digest of uint8 [H, W, 3] pixels: equal for every encoding of the same picture."""
     height, width = pixels.shape[:2]
     return hashlib.sha256(f"{width}x{height}:".encode() + pixels.tobytes()).hexdigest()
 
@@ -97,7 +97,7 @@ def _rewrite(written: Written, tables: dict[str, pa.Table], refused: dict[str, s
         elif name == "images" and kept_images is not None:
             rest = rows.filter(pc.is_in(rows["image_id"], pa.array(sorted(kept_images - gone), pa.string())))
         else:
-            rest = rows.filter(_not_naming(rows, id_columns(name), gone))
+            rest = rows.filter(_not_naming(rows, id_columns(name), {*gone, *records}))
         if not len(rest):
             Path(files.pop(name)).unlink()
         elif rest is not rows:

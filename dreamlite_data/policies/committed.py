@@ -1,5 +1,5 @@
 """Policies that users committed: kept in the lake as text, and used by every refresh until they are reset.
-Their SQL comes from outside, so each block is checked to be what it claims and runs on the guarded connection."""
+Their SQL comes from outside, so before it runs each block is checked to be what it claims, and bound on the guarded connection."""
 
 from __future__ import annotations
 
@@ -11,24 +11,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
-
 from dreamlite_data.lake import Lake, LakeError
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, PolicyError, read_policy
 
 _NO_COLUMN = re.compile(r'(?:Referenced column|column named|does not have a column named) "([^"]+)"')
 _NO_TABLE = re.compile(r"Table with name (\S+) does not exist")
-
-
-class Reader:
-    """What `judge` needs of a lake and nothing more: reading on the guarded connection, which cannot write or open files."""
-
-    def __init__(self, lake: Lake) -> None:
-        self._lake = lake
-
-    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> pa.Table:
-        """As `Lake.query_read_only`."""
-        return self._lake.query_read_only(sql, parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +26,6 @@ class CommittedPolicy:
     text: str
     parameters: dict[str, Any]
     version: int
-
-    @staticmethod
-    def reader(lake: Lake) -> Reader:
-        """Where its SQL may run."""
-        return Reader(lake)
 
 
 def committed_policies(lake: Lake) -> dict[str, CommittedPolicy]:
@@ -81,12 +63,12 @@ def store(lake: Lake, name: str, text: str | None, digest: str | None, parameter
 
 def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: str) -> list[str]:
     """Refuse (PolicyError) a block that is not one SELECT or not one expression, that would write or look outside the lake, or
-    that names a column or table which is not there. Returns the columns of the candidates."""
-    reader = Reader(lake)
+    that names a column or table which is not there. The same blocks then have nothing else to bind to on any connection.
+    Returns the columns of the candidates."""
     _check_candidates_alone(lake, policy, where)
     used = {name: parameters[name] for name in policy.parameters() & parameters.keys()}
     try:
-        columns = reader.query(f"SELECT * FROM ({policy.candidates}\n) LIMIT 0", _only(used, policy.candidates)).column_names
+        columns = lake.query_read_only(f"SELECT * FROM ({policy.candidates}\n) LIMIT 0", _only(used, policy.candidates)).column_names
     except LakeError as error:
         raise PolicyError(f"{where}: the candidates: {_explain(str(error), _known_names(lake))}") from None
     missing = [name for name in REQUIRED_COLUMNS if name not in columns]
@@ -98,7 +80,7 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
     for together in (rules, *([rule] for rule in rules)):  # all at once, and one by one only to say which it is
         sql = f"SELECT {', '.join(f'({rule.body})' for rule in together)} FROM ({policy.candidates}) LIMIT 0"
         try:
-            reader.query(sql, _only(used, sql))
+            lake.query_read_only(sql, _only(used, sql))
         except LakeError as error:
             if len(together) > 1:
                 continue

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from dreamlite_data.dataset import read_images
 from dreamlite_data.lake import Lake
-from dreamlite_data.policies.committed import Reader
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Rule
 from dreamlite_data.policies.trial import Trial
 from dreamlite_data.thumbnails import data_url, mask_png, thumbnail
@@ -92,7 +91,7 @@ def _borderline(lake: Lake, trial: Trial, rule: Rule, rows: dict[str, int], coun
         kept = _draw(kept_ids, rule.name, count) if out_ids else []  # beside nothing they would show nothing
         return _samples(trial, rows, kept, {}), _samples(trial, rows, _draw(out_ids, rule.name, count), {})
     used = {name: trial.parameters[name] for name in _parameters_of(trial, rule)}
-    found = Reader(lake).query(f"SELECT row_id, CAST(({rule.body}) AS DOUBLE) AS margin FROM ({trial.policy.candidates}\n)", used)
+    found = lake.query_read_only(f"SELECT row_id, CAST(({rule.body}) AS DOUBLE) AS margin FROM ({trial.policy.candidates}\n)", used)
     margins = dict(zip(found["row_id"].to_pylist(), found["margin"].to_pylist(), strict=True))
     kept = sorted(kept_ids, key=lambda row_id: (margins[row_id], row_id))[:count]
     out = sorted((row_id for row_id in out_ids if margins[row_id] is not None), key=lambda row_id: (-margins[row_id], row_id))[:count]

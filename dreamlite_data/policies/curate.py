@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dreamlite_data import schema
 from dreamlite_data.lake import Lake, insert
-from dreamlite_data.policies.committed import committed_policies
+from dreamlite_data.policies.committed import check_sql, committed_policies
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, read_policy
 
 DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
@@ -40,7 +40,9 @@ def curate(lake: Lake, parameters: dict[str, Any], datasets: tuple[str, ...] = D
         if any(parent not in made for parent in parents):
             continue
         given = {**parameters, **(own.parameters if own else {}), **{f"{parent}_version": made[parent]["version"] for parent in parents}}
-        judged, outcome = judge(own.reader(lake) if own else lake, policy, given)
+        if own:
+            check_sql(lake, policy, given, f"the committed policy {name}")
+        judged, outcome = judge(lake, policy, given)
         if not len(judged):
             continue
         _refuse_surprises(policy, outcome, len(judged), given)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from dreamlite_data.lake import Lake
-from dreamlite_data.policies.committed import Reader, check_sql, committed_policies, store
+from dreamlite_data.policies.committed import check_sql, committed_policies, store
 from dreamlite_data.policies.curate import CurationError, drawn_from, freeze, judge, surprises
 from dreamlite_data.policies.policy import Policy, PolicyError, Rule, read_policy
 from dreamlite_data.settings import PolicySettings, RefreshSettings
@@ -57,7 +57,7 @@ def try_policy(lake: Lake, file: Path, name: str | None = None, overrides: Mappi
     policy, text = _read(file, name)
     parameters, given = _parameters(lake, policy, dict(overrides or {}), str(file))
     check_sql(lake, policy, parameters, str(file))
-    judged, outcome = judge(Reader(lake), policy, parameters)
+    judged, outcome = judge(lake, policy, parameters)
     warnings = surprises(policy, outcome, len(judged), parameters)
     version = _newest(lake, name)
     entering, leaving = _differences(lake, name, version, judged)

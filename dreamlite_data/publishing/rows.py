@@ -4,6 +4,7 @@ Images are read shard by shard, so memory holds one row group and not the datase
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import fetch
 from dreamlite_data.publishing.licences import Licence, find_licence, row_licences, strictest
 
+TASKS = ("generate", "edit")
 SHARD_BYTES = 500 * 10**6
 GROUP_ROWS = 100
 GROUP_BYTES = 16 * 2**20
@@ -50,6 +52,7 @@ class Shard:
 
 def select_rows(lake: Lake, dataset: Dataset, include_restricted: bool) -> PublishedRows:
     """The rows that may be published. Raises DatasetError where none may."""
+    _refuse_unknown_parts(dataset)
     stated = row_licences(lake, dataset.rows)
     deciding = [strictest(texts) for texts in stated]
     publish = [include_restricted or licence.publish for licence in deciding]
@@ -69,6 +72,14 @@ def select_rows(lake: Lake, dataset: Dataset, include_restricted: bool) -> Publi
     kept_texts = [text for texts, kept in zip(stated, publish, strict=True) if kept for text in (texts or [None])]
     licences = sorted({find_licence(text) for text in kept_texts}, key=lambda licence: licence.name)
     return PublishedRows(dataset, _with_facts(lake, rows), dict(sorted(left_out.items())), licences)
+
+
+def _refuse_unknown_parts(dataset: Dataset) -> None:
+    """Splits become file names and tasks choose columns; a policy of a user's own may have written anything there."""
+    for column, fits in (("split", lambda text: re.fullmatch(r"[A-Za-z0-9_]{1,40}", text)), ("task", lambda text: text in TASKS)):
+        wrong = [text for text in set(dataset.rows[column].to_pylist()) if text is None or not fits(text)]
+        if wrong:
+            raise DatasetError(f"{dataset.name}@{dataset.version} has rows whose {column} is {wrong[0]!r}, which cannot be published")
 
 
 def _with_facts(lake: Lake, rows: pa.Table) -> pa.Table:

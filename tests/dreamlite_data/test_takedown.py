@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -137,11 +136,14 @@ def test_snapshots_that_saw_it_are_expired_and_earlier_ones_stay(opened: Lake) -
 def test_caches_that_name_it_are_deleted_and_others_stay(opened: Lake) -> None:
     image_id, cache = private_id(opened), opened.files / "cache"
     for name, content in (("responses/ab/one.json", json.dumps({"inputs": [image_id]})), ("responses/ab/two.json", json.dumps({"inputs": ["x"]})),
-                          ("states-1/part.safetensors", "opaque"), ("latents-1/part.safetensors", image_id)):  # fmt: skip
+                          ("states-1/part.safetensors", "opaque"), ("latents-1/part.safetensors", image_id),
+                          ("../candidates/t2i.parquet", "opaque"), ("../downloads/ab/other", "other")):  # fmt: skip
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_text(content)
-    assert forget(opened, [image_id], "asked").cached_files == 3
-    assert [str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()] == ["responses/ab/two.json"]
+    (opened.files / "downloads" / "ab" / "fetched").write_bytes(read_images(opened, [image_id])[image_id])
+    assert forget(opened, [image_id], "asked").cached_files == 5
+    left = [path.name for folder in ("cache", "candidates", "downloads") for path in (opened.files / folder).rglob("*") if path.is_file()]
+    assert left == ["two.json", "other"]
 
 
 def test_checkpoints_that_learned_from_it_are_listed(opened: Lake) -> None:
@@ -258,10 +260,9 @@ def test_a_refresh_after_a_takedown_has_nothing_to_do(opened: Lake, template: tu
     assert set(again.values()) == {0}
 
 
-def test_pixels_are_hashed_as_the_quality_operator_does(opened: Lake) -> None:
-    row = opened.query("SELECT subject_id, pixel_sha256 FROM op_quality ORDER BY subject_id LIMIT 1").to_pylist()[0]
-    with Image.open(io.BytesIO(read_images(opened, [row["subject_id"]])[row["subject_id"]])) as picture:
-        import numpy as np
-
-        assert pixel_digest(np.array(picture.convert("RGB"))) == row["pixel_sha256"]
-    assert hashlib.sha256(read_images(opened, [row["subject_id"]])[row["subject_id"]]).hexdigest() == row["subject_id"]
+def test_pixel_digests_see_shape_and_every_pixel() -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    changed = pixels.copy()
+    changed[3, 5, 2] ^= 1
+    assert len({pixel_digest(item) for item in (pixels, changed, pixels.reshape(6, 4, 3), pixels.reshape(2, 12, 3))}) == 4
+    assert pixel_digest(pixels.copy()) == pixel_digest(pixels)
