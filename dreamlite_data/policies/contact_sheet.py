@@ -4,13 +4,12 @@ No scripts and nothing from outside, so that the file can be mailed, archived an
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import heapq
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dreamlite_data.dataset import read_images
 from dreamlite_data.lake import Lake
@@ -30,7 +29,7 @@ p{margin:4px 0 12px;max-width:80ch;color:var(--soft)}code{font:12.5px/1.5 ui-mon
 .warning{border-left:3px solid var(--drop);padding-left:12px;color:var(--ink)}.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;background:var(--card);font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:5px 12px;text-align:right;border:1px solid var(--faint);white-space:nowrap}th{color:var(--soft);font-weight:500}
-th:first-child,td:first-child{text-align:left}td.keep{color:var(--keep)}td.drop{color:var(--drop)}
+th:first-child,td:first-child{text-align:left}th[colspan]{text-align:center}td.keep{color:var(--keep)}td.drop{color:var(--drop)}
 .sides{display:grid;grid-template-columns:1fr 1fr;gap:0 28px}.side h3{font-size:14px;margin:10px 0 6px}.side.keep h3{color:var(--keep)}
 .side.drop h3{color:var(--drop)}.none{font-size:13px}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:10px}
 .wide .cards{grid-template-columns:1fr}.sample{margin:0;background:var(--card);border:1px solid var(--faint);border-radius:8px;padding:9px}
@@ -54,14 +53,13 @@ class Sample:
 
 def write_contact_sheet(lake: Lake, trial: Trial, path: Path, samples: int = SAMPLES) -> Path:
     """Write the page to `path`; at most `samples` rows on each side of each rule. Deterministic in trial and lake."""
-    rows = _rows_by_id(trial.judged)
     sections: list[tuple[str, str, str, list[Sample], list[Sample]]] = []
     for rule, reached, rejected in trial.outcome:
-        kept, dropped = _borderline(lake, trial, rule, rows, samples)
+        kept, dropped = _borderline(lake, trial, rule, samples)
         lead = f"{rejected:,} of {reached:,} rows that reach it fail." if rejected else f"It puts out none of {reached:,} rows."
         lead += "" if rule.margin or not dropped else " It has no margin, so these are a draw from both sides."
         sections.append((rule.name, " ".join(rule.body.split()), lead, kept, dropped))
-    changes = (_changes(trial, trial.entering, rows, samples), _changes(trial, trial.leaving, rows, samples))
+    changes = (_changes(trial, trial.entering, samples), _changes(trial, trial.leaving, samples))
     shown = [sample for section in sections for sample in (*section[3], *section[4])] + [s for side in changes for s in side]
     pictures = _pictures(lake, shown)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,47 +72,35 @@ def write_contact_sheet(lake: Lake, trial: Trial, path: Path, samples: int = SAM
 # --- choosing what to show -------------------------------------------------------------------------------------------
 
 
-def _rows_by_id(judged: pa.Table) -> dict[str, int]:
-    return {row_id: index for index, row_id in enumerate(judged["row_id"].to_pylist())}
-
-
-def _draw(row_ids: list[str], rule: str, count: int) -> list[str]:
-    return heapq.nsmallest(count, row_ids, key=lambda row_id: hashlib.sha256(f"{rule}:{row_id}".encode()).digest())
-
-
-def _borderline(lake: Lake, trial: Trial, rule: Rule, rows: dict[str, int], count: int) -> tuple[list[Sample], list[Sample]]:
+def _borderline(lake: Lake, trial: Trial, rule: Rule, count: int) -> tuple[list[Sample], list[Sample]]:
     """(just kept, just dropped): rows that are in and clear this rule by least, and rows that this rule puts out by least."""
-    verdicts, firsts = trial.judged["verdict"].to_pylist(), trial.judged["first_rule"].to_pylist()
-    kept_ids = [row_id for row_id, index in rows.items() if verdicts[index] == "keep"]
-    out_ids = [row_id for row_id, index in rows.items() if firsts[index] == rule.name]
+    sides = ("verdict = 'keep'", f"first_rule = '{rule.name}'")
     if not rule.margin:
-        kept = _draw(kept_ids, rule.name, count) if out_ids else []  # beside nothing they would show nothing
-        return _samples(trial, rows, kept, {}), _samples(trial, rows, _draw(out_ids, rule.name, count), {})
-    used = {name: trial.parameters[name] for name in _parameters_of(trial, rule)}
-    found = lake.query_read_only(f"SELECT row_id, CAST(({rule.body}) AS DOUBLE) AS margin FROM ({trial.policy.candidates}\n)", used)
-    margins = dict(zip(found["row_id"].to_pylist(), found["margin"].to_pylist(), strict=True))
-    kept = sorted(kept_ids, key=lambda row_id: (margins[row_id], row_id))[:count]
-    out = sorted((row_id for row_id in out_ids if margins[row_id] is not None), key=lambda row_id: (-margins[row_id], row_id))[:count]
-    return _samples(trial, rows, kept, margins), _samples(trial, rows, out, margins)
+        dropped = _chosen(lake, trial, sides[1], "NULL", rule, count)
+        return (_chosen(lake, trial, sides[0], "NULL", rule, count) if dropped else []), dropped  # beside nothing they show nothing
+    # `judged` has every column of the candidates, so the margin of rows that pass comes from there without another join.
+    return (
+        _chosen(lake, trial, sides[0], f"CAST(({rule.body}) AS DOUBLE)", rule, count),
+        _chosen(lake, trial, f"{sides[1]} AND margin IS NOT NULL", "margin", rule, count),
+    )
 
 
-def _parameters_of(trial: Trial, rule: Rule) -> set[str]:
-    one = dataclasses.replace(trial.policy, rules=(rule,))
-    return one.parameters()
+def _chosen(lake: Lake, trial: Trial, where: str, margin: str, rule: Rule, count: int) -> list[Sample]:
+    """Rows of one side, those nearest to the border first; without a margin a draw by the hash of rule and row."""
+    used = {name: trial.parameters[name] for name in dataclasses.replace(trial.policy, candidates="", rules=(rule,)).parameters()}
+    found = lake.query(
+        f"SELECT *, {margin} AS shown_margin FROM judged WHERE {where} ORDER BY abs(shown_margin), sha256('{rule.name}:' || row_id) LIMIT {count}",
+        {name: value for name, value in used.items() if f"${name}" in margin},
+        judged=trial.judged,
+    ).to_pylist()
+    return [Sample({key: value for key, value in row.items() if key != "shown_margin"}, row["shown_margin"]) for row in found]
 
 
-def _samples(trial: Trial, rows: dict[str, int], row_ids: list[str], margins: dict[str, float | None]) -> list[Sample]:
-    return [Sample(trial.judged.slice(rows[row_id], 1).to_pylist()[0], margins.get(row_id)) for row_id in row_ids]
-
-
-def _changes(trial: Trial, changed: pa.Table, rows: dict[str, int], count: int) -> list[Sample]:
+def _changes(trial: Trial, changed: pa.Table, count: int) -> list[Sample]:
     """Rows that change sides against the current version, nearest to the border first; rows no longer offered have no picture."""
-    found = []
-    for change in changed.slice(0, count).to_pylist():
-        index = rows.get(change["row_id"])
-        row = {"row_id": change["row_id"]} if index is None else trial.judged.slice(index, 1).to_pylist()[0]
-        found.append(Sample(row, change["margin"], change["rule"]))
-    return found
+    shown = changed.slice(0, count)
+    rows = {row["row_id"]: row for row in trial.judged.filter(pc.is_in(trial.judged["row_id"], shown["row_id"].combine_chunks())).to_pylist()}
+    return [Sample(rows.get(row["row_id"], {"row_id": row["row_id"]}), row["margin"], row["rule"]) for row in shown.to_pylist()]
 
 
 def _pictures(lake: Lake, samples: list[Sample]) -> dict[str, str]:
@@ -191,7 +177,7 @@ def _card(sample: Sample, pictures: dict[str, str]) -> str:
         shown.append(f'<span><img class="mask" alt="mask" src="{data_url(mask_png(row["edit_mask"], 4), "image/png")}">mask</span>')
     margin = f'<span class="margin">{sample.margin:+.4g}</span> ' if sample.margin is not None else ""
     note = f'<div class="measures">{escape(sample.note)}</div>' if sample.note else ""
-    skip = {*REQUIRED_COLUMNS, "verdict", "first_rule", "rule_position", "margin", "failed", "group_id"}
+    skip = {*REQUIRED_COLUMNS, "verdict", "first_rule", "rule_position", "margin", "failed", "group_id"} - {"edited_fraction"}
     measured = [(key, value) for key, value in row.items() if key not in skip and value is not None]
     measured.sort(key=lambda item: not isinstance(item[1], float))  # numbers of a scale first, then flags and sizes
     numbers = [f"{key} {_short(value)}" for key, value in measured]

@@ -85,6 +85,8 @@ def read_policy(dataset: str, text: str | None = None, where: str | None = None)
 
 def _rule(where: str, words: list[str], body: str) -> Rule:
     name, *options = words
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+        raise PolicyError(f"{where}: a rule cannot be called {name!r}: lower-case letters, digits and underscores, no digit first")
     fields: dict[str, Any] = {"name": name, "body": body}
     for option in options:
         key, _, value = option.partition("=")

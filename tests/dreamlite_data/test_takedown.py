@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -49,6 +51,54 @@ def opened(template: tuple[Path, RefreshSettings], tmp_path: Path) -> Lake:
     return Lake(tmp_path / "lake")
 
 
+@dataclasses.dataclass(frozen=True)
+class Forgotten:
+    """A lake in which one image was forgotten, and what was known before."""
+
+    lake: Lake
+    image_id: str
+    payload: bytes
+    before: dict[str, list]
+    snapshots: set[int]
+    said: takedown.Takedown
+    done: takedown.Takedown
+
+
+COMPARED = ["images", "provenance", "captions", "edits", "op_quality", "op_caption", "op_duplicates", "dataset_rows", "op_ingest"]
+
+
+@pytest.fixture(scope="module")
+def forgotten(template: tuple[Path, RefreshSettings], tmp_path_factory: pytest.TempPathFactory) -> Forgotten:
+    """Tests may look, and run a refresh that has nothing to do."""
+    root = tmp_path_factory.mktemp("forgotten") / "lake"
+    shutil.copytree(template[0] / "lake", root)
+    lake = Lake(root)
+    image_id = private_id(lake)
+    payload = read_images(lake, [image_id])[image_id]
+    assert len(set(holding(lake, payload, OWN_CAPTION))) > 2  # the scan finds them while they are there
+    write_caches(lake, image_id, payload)
+    before, seen = contents(lake, COMPARED), snapshots(lake)
+    said = forget(lake, [image_id], "the person asked", dry_run=True)
+    assert snapshots(lake) == seen and lake.count("tombstones") == 0 and said.proof is None
+    return Forgotten(lake, image_id, payload, before, seen, said, forget(lake, [image_id], "the person asked"))
+
+
+def write_caches(lake: Lake, image_id: str, payload: bytes) -> None:
+    """Files of every kind of cache; those that end in '_goes' hold something of the image."""
+    for name, content in (
+        ("cache/responses/ab/one_goes.json", json.dumps({"inputs": [image_id]}).encode()), ("cache/responses/ab/two.json", b'{"inputs": ["x"]}'),
+        ("cache/states-1/part_goes.safetensors", b"opaque"), ("cache/latents-1/part_goes.safetensors", image_id.encode()),
+        ("cache/latents-1/other.safetensors", b"0" * 64), ("candidates/t2i_goes.parquet", b"opaque"), ("downloads/ab/file_goes", payload),
+        ("downloads/ab/other", b"other"),
+    ):  # fmt: skip
+        (lake.files / name).parent.mkdir(parents=True, exist_ok=True)
+        (lake.files / name).write_bytes(content)
+
+
+def snapshots(lake: Lake) -> set[int]:
+    return set(lake.query("SELECT snapshot_id FROM ducklake_snapshots('lake')")["snapshot_id"].to_pylist())
+
+
 def private_id(lake: Lake) -> str:
     return lake.query("SELECT image_id FROM op_ingest WHERE subject_id = 'own/private.png'")["image_id"][0].as_py()
 
@@ -71,32 +121,56 @@ def holding(lake: Lake, payload: bytes, *texts: str) -> list[str]:
 # --- gone ------------------------------------------------------------------------------------------------------------
 
 
-def test_no_file_holds_the_bytes_or_the_caption_of_a_forgotten_image(opened: Lake) -> None:
-    image_id = private_id(opened)
-    payload = read_images(opened, [image_id])[image_id]
-    assert len(set(holding(opened, payload, OWN_CAPTION))) > 2  # the scan finds them while they are there
-    before = {image for image in opened.query("SELECT image_id FROM images")["image_id"].to_pylist()}
-    done = forget(opened, [image_id], "the person asked")
-    assert holding(opened, payload, OWN_CAPTION) == []
-    assert {image for image in opened.query("SELECT image_id FROM images")["image_id"].to_pylist()} == before - set(done.images)
-    stored = opened.query("SELECT * FROM takedowns").to_pylist()
-    assert [row["image_id"] for row in stored] == [image_id] and stored[0]["proof"] == done.proof and len(done.proof) == 64
+def test_no_file_holds_the_bytes_or_the_caption_of_a_forgotten_image(forgotten: Forgotten) -> None:
+    lake, done = forgotten.lake, forgotten.done
+    assert holding(lake, forgotten.payload, OWN_CAPTION) == []
+    stored = lake.query("SELECT * FROM takedowns").to_pylist()
+    assert [row["image_id"] for row in stored] == [forgotten.image_id] and stored[0]["proof"] == done.proof and len(done.proof) == 64
     assert stored[0]["rows_removed"] == sum(done.rows.values()) and stored[0]["reason"] == "the person asked"
 
 
-def test_every_other_row_stays_as_it_was(opened: Lake) -> None:
-    image_id = private_id(opened)
-    tables = ["images", "provenance", "captions", "edits", "op_quality", "op_caption", "op_duplicates", "dataset_rows", "op_ingest"]
-    before = contents(opened, tables)
-    done = forget(opened, [image_id], "asked")
-    after = contents(opened, tables)
-    for table in tables:
-        rest = [row for row in before[table] if not any(value == "own/private.png" or value in done.images for value in row.values())]
-        new = [row for row in after[table] if row.get("version", 1) == 1 and row.get("error") != "forgotten"]
-        assert new == rest, table
-        assert len(before[table]) > len(rest) or table in ("edits", "dataset_rows"), table
+def test_every_other_row_stays_as_it_was(forgotten: Forgotten) -> None:
+    after, gone = contents(forgotten.lake, COMPARED), {"own/private.png", *forgotten.done.images}
+    for table, before in forgotten.before.items():
+        rest = [row for row in before if gone.isdisjoint(value for value in row.values() if isinstance(value, str))]
+        assert [row for row in after[table] if row.get("version", 1) == 1 and row.get("error") != "forgotten"] == rest, table
+        assert len(before) > len(rest) or table in ("edits", "dataset_rows"), table
     failed = [row for row in after["op_ingest"] if row["error"] == "forgotten"]
-    assert [row["subject_id"] for row in failed] == ["own/private.png"] and "asked" in failed[0]["detail"] and failed[0]["image_id"] is None
+    assert [row["subject_id"] for row in failed] == ["own/private.png"] and failed[0]["image_id"] is None
+    assert "the person asked" in failed[0]["detail"]
+
+
+def test_a_dry_run_had_said_the_same(forgotten: Forgotten) -> None:
+    said, done = forgotten.said, forgotten.done
+    assert (said.images, said.rows, said.files_rewritten, said.datasets) == (done.images, done.rows, done.files_rewritten, done.datasets)
+
+
+def test_snapshots_that_saw_it_are_expired_and_earlier_ones_stay(forgotten: Forgotten) -> None:
+    left = snapshots(forgotten.lake)
+    assert forgotten.snapshots - left == set(forgotten.done.expired_snapshots) & forgotten.snapshots
+    assert left & forgotten.snapshots and min(forgotten.done.expired_snapshots) > min(left)
+    with pytest.raises(duckdb.Error, match="(?i)snapshot"):
+        forgotten.lake.query(f"SELECT count(*) FROM images AT (VERSION => {forgotten.done.expired_snapshots[0]})")
+
+
+def test_caches_that_hold_something_of_it_are_deleted_and_others_stay(forgotten: Forgotten) -> None:
+    files = [path for name in ("cache", "candidates", "downloads") for path in (forgotten.lake.files / name).rglob("*") if path.is_file()]
+    assert forgotten.done.cached_files == 5 and sorted(path.name for path in files) == ["other", "other.safetensors", "two.json"]
+
+
+def test_a_refresh_after_a_takedown_has_nothing_to_do(forgotten: Forgotten, template: tuple[Path, RefreshSettings]) -> None:
+    assert refresh.ingest(forgotten.lake, template[1], executors.local())["pending"] == 0
+    again = refresh.measure(forgotten.lake, template[1], executors.local(), ["quality", "edit", "caption", "verify"])
+    assert set(again.values()) == {0}
+
+
+def test_an_unknown_image_or_no_reason_is_refused(forgotten: Forgotten) -> None:
+    with pytest.raises(LakeError, match="no image f00: it is not in it"):
+        forget(forgotten.lake, ["f00"], "asked")
+    with pytest.raises(LakeError, match="needs a reason"):
+        forget(forgotten.lake, [forgotten.image_id], " ")
+    with pytest.raises(LakeError, match="was forgotten before"):
+        forget(forgotten.lake, [forgotten.image_id], "asked")
 
 
 def test_what_operators_made_from_an_image_goes_with_it_and_other_datasets_get_no_new_version(opened: Lake) -> None:
@@ -122,30 +196,6 @@ def test_forgetting_the_target_of_a_made_edit_takes_the_edit_but_not_the_photo(o
     assert read_images(opened, [row["source_image_id"]])
 
 
-def test_snapshots_that_saw_it_are_expired_and_earlier_ones_stay(opened: Lake) -> None:
-    image_id = private_id(opened)
-    before = set(opened.query("SELECT snapshot_id FROM ducklake_snapshots('lake')")["snapshot_id"].to_pylist())
-    done = forget(opened, [image_id], "asked")
-    after = set(opened.query("SELECT snapshot_id FROM ducklake_snapshots('lake')")["snapshot_id"].to_pylist())
-    assert before - after == set(done.expired_snapshots) & before
-    assert after & before and min(done.expired_snapshots) > min(after)
-    with pytest.raises(Exception, match="(?i)snapshot"):
-        opened.query(f"SELECT count(*) FROM images AT (VERSION => {done.expired_snapshots[0]})")
-
-
-def test_caches_that_name_it_are_deleted_and_others_stay(opened: Lake) -> None:
-    image_id, cache = private_id(opened), opened.files / "cache"
-    for name, content in (("responses/ab/one.json", json.dumps({"inputs": [image_id]})), ("responses/ab/two.json", json.dumps({"inputs": ["x"]})),
-                          ("states-1/part.safetensors", "opaque"), ("latents-1/part.safetensors", image_id),
-                          ("../candidates/t2i.parquet", "opaque"), ("../downloads/ab/other", "other")):  # fmt: skip
-        (cache / name).parent.mkdir(parents=True, exist_ok=True)
-        (cache / name).write_text(content)
-    (opened.files / "downloads" / "ab" / "fetched").write_bytes(read_images(opened, [image_id])[image_id])
-    assert forget(opened, [image_id], "asked").cached_files == 5
-    left = [path.name for folder in ("cache", "candidates", "downloads") for path in (opened.files / folder).rglob("*") if path.is_file()]
-    assert left == ["two.json", "other"]
-
-
 def test_checkpoints_that_learned_from_it_are_listed(opened: Lake) -> None:
     name = opened.query("SELECT name FROM dataset_rows WHERE row_id = 'own/private.png'")["name"].to_pylist()
     assert name == []  # no packaged policy takes it, so one of our own does
@@ -169,25 +219,6 @@ def test_near_takes_the_whole_group(opened: Lake) -> None:
     group = opened.query("SELECT group_id, list(image_id ORDER BY image_id) AS ids FROM duplicates GROUP BY group_id ORDER BY group_id").to_pylist()[0]
     assert len(group["ids"]) == 2 and forget(opened, group["ids"][:1], "asked", dry_run=True).images == group["ids"][:1]
     assert set(forget(opened, group["ids"][:1], "asked", near=True).images) == set(group["ids"])
-
-
-def test_a_dry_run_says_the_same_and_writes_nothing(opened: Lake) -> None:
-    image_id, snapshot = private_id(opened), opened.snapshot()
-    said = forget(opened, [image_id], "asked", dry_run=True)
-    assert opened.snapshot() == snapshot and opened.count("tombstones") == 0 and said.proof is None
-    done = forget(opened, [image_id], "asked")
-    assert (said.images, said.rows, said.files_rewritten, said.datasets) == (done.images, done.rows, done.files_rewritten, done.datasets)
-
-
-def test_an_unknown_image_or_no_reason_is_refused(opened: Lake) -> None:
-    with pytest.raises(LakeError, match="no image f00: it is not in it"):
-        forget(opened, ["f00"], "asked")
-    with pytest.raises(LakeError, match="needs a reason"):
-        forget(opened, [private_id(opened)], " ")
-    image_id = private_id(opened)
-    forget(opened, [image_id], "asked")
-    with pytest.raises(LakeError, match="was forgotten before"):
-        forget(opened, [image_id], "asked")
 
 
 # --- the proof can fail ----------------------------------------------------------------------------------------------
@@ -250,14 +281,6 @@ def test_a_forgotten_image_that_comes_back_is_refused_with_the_reason(opened: La
     assert opened.query("SELECT count(*) AS n FROM captions WHERE text = $t", {"t": OWN_CAPTION})["n"][0].as_py() == 0
     said = opened.query("SELECT rule FROM why_dropped WHERE row_id = 'own/again.png' AND dataset = 't2i'")["rule"].to_pylist()
     assert said == ["ingested"]
-
-
-def test_a_refresh_after_a_takedown_has_nothing_to_do(opened: Lake, template: tuple[Path, RefreshSettings]) -> None:
-    forget(opened, [private_id(opened)], "asked")
-    counts = refresh.ingest(opened, template[1], executors.local())
-    assert counts["pending"] == 0
-    again = refresh.measure(opened, template[1], executors.local(), ["quality", "edit", "caption", "verify"])
-    assert set(again.values()) == {0}
 
 
 def test_pixel_digests_see_shape_and_every_pixel() -> None:

@@ -79,6 +79,8 @@ def test_the_current_funnel_keeps_the_rules_that_a_trial_lacks(built: Lake, tmp_
     ("-- @rule a\nsharpness > 0.5 -- sharp", "without a comment at its end"),
     ("-- @rule a\nsharpness > 0.5, true", "must be one expression"),
     ("-- @rule a\n(SELECT count(*) FROM read_text('/etc/hostname')) > 0", "read_text is refused"),
+    ("-- @rule x';DROP/**/TABLE/**/captions;--\ntrue", "a rule cannot be called"),
+    ("-- @rule a when=strict\ntrue\n-- @rule b\ntrue", r"reads \$strict, which no setting provides"),
     ("-- @rule a\nsharpness > $min_sharpnes", r"reads \$min_sharpnes, which no setting provides"),
 ])  # fmt: skip
 def test_a_rule_that_is_not_one_harmless_expression_is_refused(built: Lake, tmp_path: Path, rules: str, said: str) -> None:
