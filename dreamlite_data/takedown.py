@@ -20,10 +20,14 @@ from dreamlite_data.images import decode_stored
 from dreamlite_data.lake import Lake, LakeError, insert, register_files
 from dreamlite_data.operators.base import write_table
 from dreamlite_data.policies.curate import ROW_COLUMNS, rows_digest
-from dreamlite_data.tombstones import failure, id_columns, pixel_digest
+from dreamlite_data.tombstones import FORGOTTEN, failure, id_columns, pixel_digest
 
 UNTOUCHED = ("takedowns", "tombstones", "policies", "op_shard")
 """Tables that name forgotten images on purpose, or hold nothing that is made from an image."""
+KEPT_AS_FAILURES = {"op_ingest": failure, "op_download": lambda why: {
+    "sha256": None, "size_bytes": None, "etag": None, "permanent": True, "error": FORGOTTEN, "detail": why,
+}}  # fmt: skip
+"""Rows about what a source has stay, as the failures that a later refresh would make of them: it must not ask for them again."""
 TEXT_COLUMNS = ("text", "instruction", "caption_raw")
 """Columns with words about an image: those of a forgotten one are looked for afterwards, unless another row has the same."""
 
@@ -52,7 +56,6 @@ class Takedown:
 class _Doomed:
     images: list[str]
     derived: list[str]
-    records: list[str]
     ids: list[str]
 
     def table(self) -> pa.Table:
@@ -95,7 +98,8 @@ def _doomed(lake: Lake, image_ids: Sequence[str], near: bool) -> _Doomed:
         raise LakeError(f"the lake at {lake.root} has no image {unknown[0]}: it {said}")
     if near:
         groups = "SELECT group_id FROM duplicates SEMI JOIN a USING (image_id)"
-        asked = lake.query(f"SELECT image_id FROM a UNION SELECT image_id FROM duplicates WHERE group_id IN ({groups}) ORDER BY ALL", a=asked)
+        members = f"SELECT image_id FROM duplicates WHERE group_id IN ({groups})"
+        asked = lake.query(f"SELECT image_id FROM a UNION {members} ORDER BY ALL", a=asked)
     # What an operator made has no provenance of its own. It goes whichever side of the edit it stands on.
     images = lake.query(
         "WITH RECURSIVE walk(image_id) AS (SELECT image_id FROM a UNION "
@@ -114,14 +118,17 @@ def _doomed(lake: Lake, image_ids: Sequence[str], near: bool) -> _Doomed:
         "UNION SELECT record_id FROM provenance WHERE image_id IN (FROM i) ORDER BY ALL",
         i=images,
     )["id"].to_pylist()
+    originals = lake.query("SELECT DISTINCT original_sha256 AS id FROM provenance WHERE image_id IN (FROM i) AND id IS NOT NULL", i=images)
     found = images["image_id"].to_pylist()
     derived = sorted(set(found) - set(asked["image_id"].to_pylist()))
-    return _Doomed(found, derived, records, sorted({*found, *content, *records, *(f"{record}#scene" for record in records)}))
+    rows_of_records = [name for record in records for name in (record, f"{record}#scene")]
+    return _Doomed(found, derived, sorted({*found, *content, *rows_of_records, *originals["id"].to_pylist()}))
 
 
 def _naming(table: str) -> str:
     """SQL: this row of `table` is about something doomed (a registered table `doomed` of ids)."""
-    return "(" + " OR ".join(f"coalesce({name} IN (SELECT id FROM doomed), false)" for name in id_columns(table)) + ")"
+    columns = [*id_columns(table), *({"sha256"} & set(schema.TABLES[table].names))]
+    return "(" + " OR ".join(f"coalesce({name} IN (SELECT id FROM doomed), false)" for name in columns) + ")"
 
 
 def _tables() -> list[str]:
@@ -235,17 +242,17 @@ def _lone_texts(lake: Lake, doomed: _Doomed) -> list[str]:
 
 def _without_doomed(lake: Lake, doomed: _Doomed, file: _File, why: str) -> Path | None:
     """A new file with the live rows of `file` that stay, in their order, placed in the lake's data; None where none does.
-    A source's record of a forgotten image stays, as a failure that says why."""
+    What a source has of a forgotten image stays as a failure that says why."""
+    keep = KEPT_AS_FAILURES.get(file.table)
     rows = lake.query(
-        f"SELECT {', '.join(schema.TABLES[file.table].names)} FROM {file.table} WHERE filename = $file "
-        f"AND (NOT {_naming(file.table)} OR $keep) ORDER BY file_row_number",
-        {"file": str(file.path), "keep": file.table == "op_ingest"},
+        f"SELECT {', '.join(schema.TABLES[file.table].names)}, {_naming(file.table)} AS is_doomed FROM {file.table} WHERE filename = $file "
+        "AND (NOT is_doomed OR $keep) ORDER BY file_row_number",
+        {"file": str(file.path), "keep": keep is not None},
         doomed=doomed.table(),
     )
-    if file.table == "op_ingest":
-        records = set(doomed.records)
-        answers = [row | failure(why) if row["subject_id"] in records else row for row in rows.to_pylist()]
-        rows = pa.Table.from_pylist(answers, schema=schema.TABLES[file.table])
+    if keep is not None:
+        rows = pa.Table.from_pylist([row | (keep(why) if row["is_doomed"] else {}) for row in rows.to_pylist()], schema=rows.schema)
+    rows = rows.drop_columns(["is_doomed"])
     if not len(rows):
         return None
     key = hashlib.sha256(f"{file.path.name}{why}".encode()).hexdigest()[:24]
@@ -283,9 +290,7 @@ def _new_versions(lake: Lake, doomed: _Doomed) -> dict[str, pa.Table]:
         }]))  # fmt: skip
         edge = {"child_kind": "dataset", "child_id": f"{row['name']}@{key}", "parent_kind": "dataset"}
         tables.setdefault("lineage", []).append(
-            schema.rows_table(
-                "lineage", [{**edge, "parent_id": renamed.get(parent, parent), "role": "drawn_from"} for parent in parents]
-            )
+            schema.rows_table("lineage", [{**edge, "parent_id": renamed.get(parent, parent), "role": "drawn_from"} for parent in parents])
         )
     joined = {name: pa.concat_tables(parts) for name, parts in tables.items()}
     return {name: rows for name, rows in joined.items() if len(rows)}
@@ -310,7 +315,8 @@ def finish_takedowns(lake: Lake) -> list[erasure.Erased]:
         images = lake.query(
             "SELECT DISTINCT image_id FROM tombstones WHERE takedown_id = $id ORDER BY image_id", {"id": row["takedown_id"]}
         )["image_id"].to_pylist()
-        erased = erasure.erase(lake, images, set(row["digests"]), min(row["seen"]), [name for name in schema.TABLES if name not in UNTOUCHED])
+        tables = [name for name in schema.TABLES if name not in UNTOUCHED]
+        erased = erasure.erase(lake, images, set(row["digests"]), min(row["seen"]), tables)
         if erased.left:
             raise LakeError(
                 f"{row['takedown_id']} is not finished: something of the forgotten images is still in {', '.join(erased.left[:5])}. Close "

@@ -173,7 +173,9 @@ def show(
         opened = _open(lake)
         number, rules = stored_rules(opened, name, version)
         held = committed_policies(opened).get(name)
-        _console().say(f"{name}@{number}; refreshes use " + (f"the policy committed with version {held.version}" if held else "the packaged policy"))
+        _console().say(
+            f"{name}@{number}; refreshes use " + (f"the policy committed with version {held.version}" if held else "the packaged policy")
+        )
         _console()._print_rows(rules, "table")
 
 
@@ -194,9 +196,12 @@ def publish(
     dataset: Annotated[str, typer.Argument(help="NAME for the newest version of a dataset, or NAME@VERSION.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to make; it must not exist yet.")],
     lake: LakeFolder = DEFAULT_LAKE,
-    format_: Annotated[str, typer.Option("--format", "-f", help="huggingface (Parquet that load_dataset opens) or webdataset (tar).")] = "huggingface",
+    format_: Annotated[
+        str, typer.Option("--format", "-f", help="huggingface (Parquet that load_dataset opens) or webdataset (tar).")
+    ] = "huggingface",
     include_restricted: Annotated[
-        bool, typer.Option("--include-restricted", help="Also rows whose licence forbids it or is unknown. You answer for having the right.")
+        bool,
+        typer.Option("--include-restricted", help="Also rows whose licence forbids it or is unknown. You answer for having the right."),
     ] = False,
 ) -> None:
     """Write a dataset version as a folder to share: shards, a dataset card with funnel, licences and samples, and a manifest."""
@@ -209,7 +214,9 @@ def publish(
         manifest = publish_version(_open(lake), name, int(version) if version else None, to, format_, include_restricted)
         for item in manifest["left_out"]:
             _console().warn(f"{item['rows']:,} rows left out, licence {item['licence']}: {item['why']}")
-        _console().say(f"{manifest['dataset']}@{manifest['version']}: {manifest['rows']:,} rows in {len(manifest['files']):,} files at {to}")
+        _console().say(
+            f"{manifest['dataset']}@{manifest['version']}: {manifest['rows']:,} rows in {len(manifest['files']):,} files at {to}"
+        )
 
 
 @app.command()
@@ -230,7 +237,9 @@ def forget(
         done, say = forget_images(_open(lake, write=not dry_run), image, reason, near, dry_run), _console().say
         say(f"{'would forget' if dry_run else 'forgot'} {len(done.images)} images, {len(done.derived)} of them made from the others")
         _console()._print_rows([{"table": name, "rows": count} for name, count in done.rows.items()], "table")
-        say(f"files rewritten: {done.files_rewritten}; snapshots expired: {len(done.expired_snapshots)}; cached files deleted: {done.cached_files}")
+        say(
+            f"files rewritten: {done.files_rewritten}; snapshots expired: {len(done.expired_snapshots)}; cached files deleted: {done.cached_files}"
+        )
         for title, names in (
             ("dataset versions that lose rows", done.datasets), ("new versions without them", done.new_versions),
             ("learned from them, retrain these", done.checkpoints), ("still in the sources, remove it there", done.sources),

@@ -22,9 +22,12 @@ SAMPLES = 6
 _SHOWN_MEASURES = 6
 _CSS = """
 :root{color-scheme:light dark;--paper:#fbfaf7;--card:#fff;--ink:#1d2125;--soft:#666d75;--faint:#e4e1d8;--keep:#1f6f5c;--drop:#b4552d}
-@media(prefers-color-scheme:dark){:root{--paper:#15181b;--card:#1d2125;--ink:#e9e6df;--soft:#9aa2aa;--faint:#31373d;--keep:#6cc5ac;--drop:#e59a72}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 ui-sans-serif,system-ui,"Segoe UI",Roboto,sans-serif}
-main{max-width:1240px;margin:0 auto;padding:36px 24px 72px}h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:20px;margin:44px 0 2px}
+@media(prefers-color-scheme:dark){
+:root{--paper:#15181b;--card:#1d2125;--ink:#e9e6df;--soft:#9aa2aa;--faint:#31373d;--keep:#6cc5ac;--drop:#e59a72}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
+font:15px/1.5 ui-sans-serif,system-ui,"Segoe UI",Roboto,sans-serif}
+main{max-width:1240px;margin:0 auto;padding:36px 24px 72px}
+h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:20px;margin:44px 0 2px}
 p{margin:4px 0 12px;max-width:80ch;color:var(--soft)}code{font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .warning{border-left:3px solid var(--drop);padding-left:12px;color:var(--ink)}.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;background:var(--card);font-size:14px;font-variant-numeric:tabular-nums}
@@ -89,7 +92,8 @@ def _chosen(lake: Lake, trial: Trial, where: str, margin: str, rule: Rule, count
     """Rows of one side, those nearest to the border first; without a margin a draw by the hash of rule and row."""
     used = {name: trial.parameters[name] for name in dataclasses.replace(trial.policy, candidates="", rules=(rule,)).parameters()}
     found = lake.query(
-        f"SELECT *, {margin} AS shown_margin FROM judged WHERE {where} ORDER BY abs(shown_margin), sha256('{rule.name}:' || row_id) LIMIT {count}",
+        f"SELECT *, {margin} AS shown_margin FROM judged WHERE {where} "
+        f"ORDER BY abs(shown_margin), sha256('{rule.name}:' || row_id) LIMIT {count}",
         {name: value for name, value in used.items() if f"${name}" in margin},
         judged=trial.judged,
     ).to_pylist()
@@ -99,15 +103,21 @@ def _chosen(lake: Lake, trial: Trial, where: str, margin: str, rule: Rule, count
 def _changes(trial: Trial, changed: pa.Table, count: int) -> list[Sample]:
     """Rows that change sides against the current version, nearest to the border first; rows no longer offered have no picture."""
     shown = changed.slice(0, count)
-    rows = {row["row_id"]: row for row in trial.judged.filter(pc.is_in(trial.judged["row_id"], shown["row_id"].combine_chunks())).to_pylist()}
+    judged = trial.judged.filter(pc.is_in(trial.judged["row_id"], shown["row_id"].combine_chunks()))
+    rows = {row["row_id"]: row for row in judged.to_pylist()}
     return [Sample(rows.get(row["row_id"], {"row_id": row["row_id"]}), row["margin"], row["rule"]) for row in shown.to_pylist()]
 
 
 def _pictures(lake: Lake, samples: list[Sample]) -> dict[str, str]:
     """Data URLs of the images that the samples name."""
     ids = {sample.row.get(column) for sample in samples for column in ("image_id", "source_image_id")} - {None}
-    known = lake.query("SELECT image_id FROM images SEMI JOIN w USING (image_id)", w=pa.table({"image_id": pa.array(sorted(ids), pa.string())}))
-    return {image_id: data_url(*thumbnail(payload, THUMBNAIL_PX)) for image_id, payload in read_images(lake, known["image_id"].to_pylist()).items()}
+    known = lake.query(
+        "SELECT image_id FROM images SEMI JOIN w USING (image_id)", w=pa.table({"image_id": pa.array(sorted(ids), pa.string())})
+    )
+    return {
+        image_id: data_url(*thumbnail(payload, THUMBNAIL_PX))
+        for image_id, payload in read_images(lake, known["image_id"].to_pylist()).items()
+    }
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -121,7 +131,9 @@ def _page(trial: Trial, sections: list[tuple[str, str, str, list[Sample], list[S
         f"{len(trial.leaving):,} leave. Nothing was written to the lake.</p>",
         *(f'<p class="warning">{escape(text)}</p>' for text in trial.warnings),
         _funnel_table(trial),
-        _section("Rows that change sides", "", "Left: in now, out before. Right: out now, in before.", *changes, pictures, ("enter", "leave")),
+        _section(
+            "Rows that change sides", "", "Left: in now, out before. Right: out now, in before.", *changes, pictures, ("enter", "leave")
+        ),
         *(_section(*section, pictures, _titles(section)) for section in sections),
     ]
     return (

@@ -122,13 +122,15 @@ def last_parameters(lake: Lake) -> dict[str, Any]:
 
 
 def _stored_origin(lake: Lake) -> dict[str, Any]:
-    """Sources and seed of the newest dataset version that read them; without one, every source that the lake has."""
+    """Sources, seed and what else is no setting of a policy, as the newest dataset version read them; without one, every source
+    that the lake has."""
     stored = lake.query(
         "SELECT r.parameters FROM policy_rules r JOIN datasets d ON d.name = r.dataset AND d.version = r.version ORDER BY d.snapshot, r.dataset"
     )["parameters"].to_pylist()
     known = [json.loads(text) for text in stored]
     sources = lake.query("SELECT DISTINCT source FROM current_ingest ORDER BY source")["source"].to_pylist()
-    return {"sources": sources, "seed": "0"} | {name: values[name] for values in known for name in ("sources", "seed") if name in values}
+    read = {name: value for values in known for name, value in values.items() if not name.endswith("_version")}
+    return {"sources": sources, "seed": "0"} | {name: value for name, value in read.items() if name not in PolicySettings.model_fields}
 
 
 def _parameters(lake: Lake, policy: Policy, overrides: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -201,7 +203,10 @@ def _funnel(lake: Lake, name: str, outcome: list[tuple[Rule, int, int]]) -> list
     rows = [
         {"rule": rule.name, "rows_in": reached, "rejected": rejected, "rows_out": reached - rejected} for rule, reached, rejected in outcome
     ]
-    rows += [{"rule": rule, "rows_in": None, "rejected": None, "rows_out": None} for rule in before if rule not in {r["rule"] for r in rows}]
+    rows += [
+        {"rule": rule, "rows_in": None, "rejected": None, "rows_out": None} for rule in before if rule not in {r["rule"] for r in rows}
+    ]
     return [
-        {**row, **{f"current_{part}": before.get(row["rule"], {}).get(part) for part in ("rows_in", "rejected", "rows_out")}} for row in rows
+        {**row, **{f"current_{part}": before.get(row["rule"], {}).get(part) for part in ("rows_in", "rejected", "rows_out")}}
+        for row in rows
     ]

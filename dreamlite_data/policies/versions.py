@@ -84,7 +84,10 @@ def diff_versions(lake: Lake, name: str, before: int | None = None, after: int |
 
 def _changed_rules(lake: Lake, name: str, before: int, after: int) -> list[tuple[str, str | None, str | None]]:
     old, new = (
-        {row["rule"]: row["body"] + (f"  [{row['parameters']}]" if row["parameters"] else "") for row in stored_rules(lake, name, version)[1]}
+        {
+            row["rule"]: row["body"] + (f"  [{row['parameters']}]" if row["parameters"] else "")
+            for row in stored_rules(lake, name, version)[1]
+        }
         for version in (before, after)
     )
     return [(rule, old.get(rule), new.get(rule)) for rule in dict.fromkeys([*old, *new]) if old.get(rule) != new.get(rule)]

@@ -63,7 +63,9 @@ def _front_matter(published: PublishedRows, shards: list[Shard], folder: Path, f
             "features": features[task]._to_yaml_list(),
             "splits": [{"name": split, **_split_facts(shards, task, split)} for split in _splits(shards, task)],
             "dataset_size": sum(_split_facts(shards, task, split)["num_bytes"] for split in _splits(shards, task)),
-            "download_size": sum((folder / data_folder(published, s.task) / f"{s.stem}.{suffix}").stat().st_size for s in shards if s.task == task),
+            "download_size": sum(
+                (folder / data_folder(published, s.task) / f"{s.stem}.{suffix}").stat().st_size for s in shards if s.task == task
+            ),
         }
         for task in tasks
         if task in features
@@ -106,7 +108,10 @@ def _body(lake: Lake, published: PublishedRows, shards: list[Shard], folder: Pat
         _samples(lake, published, folder),
         "## How rows were chosen\n\n" + _funnel(lake, dataset.name, dataset.version),
         "## Sources and licences\n\n"
-        + _table(["source", "licence as stated", "rows"], [[s or "unknown", stated, f"{n:,}"] for (s, stated), n in sorted(sources.items(), key=str)])
+        + _table(
+            ["source", "licence as stated", "rows"],
+            [[s or "unknown", stated, f"{n:,}"] for (s, stated), n in sorted(sources.items(), key=str)],
+        )
         + "\n\nEvery row names its licence in `licence`; keep to it for each row you use.",
         "## Left out\n\n"
         + (
@@ -121,7 +126,9 @@ def _loading(published: PublishedRows, shards: list[Shard], format_: str) -> str
     name = config_name(published, shards[0].task)
     which = "" if name == "default" else f', "{name}"'
     if format_ == "huggingface":
-        return f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("PATH_OR_HUB_ID"{which}, split="{shards[0].split}")\n```'
+        return (
+            f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("PATH_OR_HUB_ID"{which}, split="{shards[0].split}")\n```'
+        )
     return (
         "WebDataset tars; members of one key form one row: `.txt` holds the caption, `.json` the instruction and all else. "
         "DreamLite Pipeline reads the folder as a source of kind `webdataset`."

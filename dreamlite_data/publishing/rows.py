@@ -61,7 +61,9 @@ def select_rows(lake: Lake, dataset: Dataset, include_restricted: bool) -> Publi
         if not kept:
             key = (licence.name, licence.why)
             left_out[key] = left_out.get(key, 0) + 1
-    rows = dataset.rows.append_column("licence", pa.array(["; ".join(text or "unknown" for text in texts) or "unknown" for texts in stated]))
+    rows = dataset.rows.append_column(
+        "licence", pa.array(["; ".join(text or "unknown" for text in texts) or "unknown" for texts in stated])
+    )
     rows = rows.filter(pa.array(publish, pa.bool_()))
     if not len(rows):
         said = ", ".join(f"{n} {name} ({why})" for (name, why), n in sorted(left_out.items()))
@@ -125,7 +127,8 @@ def row_groups(lake: Lake, rows: pa.Table) -> Iterator[list[dict[str, Any]]]:
     """`rows` in groups of at most GROUP_ROWS rows and about GROUP_BYTES, as dicts with image_bytes and source_bytes."""
     ids = sorted({image_id for column in ("image_id", "source_image_id") for image_id in rows[column].to_pylist() if image_id})
     found = lake.query(
-        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN w USING (image_id)", w=pa.table({"image_id": pa.array(ids, pa.string())})
+        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN w USING (image_id)",
+        w=pa.table({"image_id": pa.array(ids, pa.string())}),
     )
     columns = (found[name].to_pylist() for name in ("image_id", "filename", "file_row_number"))
     places = {image_id: (file, row) for image_id, file, row in zip(*columns, strict=True)}
@@ -133,6 +136,4 @@ def row_groups(lake: Lake, rows: pa.Table) -> Iterator[list[dict[str, Any]]]:
         group = rows.slice(start, stop - start).to_pylist()
         wanted = sorted({image_id for row in group for image_id in (row["image_id"], row["source_image_id"]) if image_id})
         payloads = dict(zip(wanted, fetch(places, wanted), strict=True))
-        yield [
-            {**row, "image_bytes": payloads[row["image_id"]], "source_bytes": payloads.get(row["source_image_id"])} for row in group
-        ]
+        yield [{**row, "image_bytes": payloads[row["image_id"]], "source_bytes": payloads.get(row["source_image_id"])} for row in group]

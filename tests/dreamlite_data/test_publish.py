@@ -123,7 +123,9 @@ def test_a_stated_licence_is_recognised_or_unknown(stated: str | None, name: str
 
 def test_a_made_image_stands_under_the_licence_of_what_it_was_made_from(built: Lake) -> None:
     rows = open_dataset(built, "photo_edits").rows
-    of_source = {r["image_id"]: r["licence"] for r in built.query("SELECT image_id, licence FROM provenance WHERE source LIKE 'photos%'").to_pylist()}
+    of_source = {
+        r["image_id"]: r["licence"] for r in built.query("SELECT image_id, licence FROM provenance WHERE source LIKE 'photos%'").to_pylist()
+    }
     assert row_licences(built, rows) == [[of_source[image_id]] for image_id in rows["source_image_id"].to_pylist()]
     assert row_licences(built, rows.slice(0, 1).set_column(2, "image_id", pa.array(["absent"])).set_column(3, "source_image_id", pa.array(["absent"]))) \
         == [[]]  # fmt: skip
@@ -180,7 +182,9 @@ def test_publishing_twice_gives_the_same_bytes_and_the_manifest_knows_them(built
     assert on_disk.keys() - listed.keys() == {"manifest.json"} and all(on_disk[path] == sha256 for path, sha256 in listed.items())
 
 
-def test_a_publish_that_is_cut_off_leaves_no_folder_and_the_next_one_is_whole(built: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_publish_that_is_cut_off_leaves_no_folder_and_the_next_one_is_whole(
+    built: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = webdataset.write_tar, []
 
     def fail_at_second(*arguments):

@@ -77,6 +77,8 @@ def forgotten(template: tuple[Path, RefreshSettings], tmp_path_factory: pytest.T
     payload = read_images(lake, [image_id])[image_id]
     assert len(set(holding(lake, payload, OWN_CAPTION))) > 2  # the scan finds them while they are there
     write_caches(lake, image_id, payload)
+    lake.append({"op_download": [{"subject_id": f"https://a.example/{name}", "op_version": "v", "sha256": sha256, "size_bytes": 9}
+                                 for name, sha256 in (("private", original_of(lake, image_id)), ("other", "0" * 64))]})  # fmt: skip
     before, seen = contents(lake, COMPARED), snapshots(lake)
     said = forget(lake, [image_id], "the person asked", dry_run=True)
     assert snapshots(lake) == seen and lake.count("tombstones") == 0 and said.proof is None
@@ -93,6 +95,10 @@ def write_caches(lake: Lake, image_id: str, payload: bytes) -> None:
     ):  # fmt: skip
         (lake.files / name).parent.mkdir(parents=True, exist_ok=True)
         (lake.files / name).write_bytes(content)
+
+
+def original_of(lake: Lake, image_id: str) -> str:
+    return lake.query("SELECT original_sha256 AS id FROM provenance WHERE image_id = $i", {"i": image_id})["id"][0].as_py()
 
 
 def snapshots(lake: Lake) -> set[int]:
@@ -140,6 +146,14 @@ def test_every_other_row_stays_as_it_was(forgotten: Forgotten) -> None:
     assert "the person asked" in failed[0]["detail"]
 
 
+def test_a_url_that_brought_it_is_not_asked_again(forgotten: Forgotten) -> None:
+    rows = forgotten.lake.query("SELECT sha256, error, detail, permanent FROM op_download ORDER BY subject_id DESC").to_pylist()
+    assert (rows[0]["sha256"], rows[0]["error"], rows[0]["permanent"]) == (None, "forgotten", True) and "the person asked" in rows[0][
+        "detail"
+    ]
+    assert (rows[1]["sha256"], rows[1]["error"]) == ("0" * 64, None)
+
+
 def test_a_dry_run_had_said_the_same(forgotten: Forgotten) -> None:
     said, done = forgotten.said, forgotten.done
     assert (said.images, said.rows, said.files_rewritten, said.datasets) == (done.images, done.rows, done.files_rewritten, done.datasets)
@@ -174,7 +188,9 @@ def test_an_unknown_image_or_no_reason_is_refused(forgotten: Forgotten) -> None:
 
 
 def test_what_operators_made_from_an_image_goes_with_it_and_other_datasets_get_no_new_version(opened: Lake) -> None:
-    row = opened.query("SELECT row_id, source_image_id, image_id FROM dataset_rows WHERE name = 'photo_edits' ORDER BY row_id LIMIT 1").to_pylist()[0]
+    row = opened.query(
+        "SELECT row_id, source_image_id, image_id FROM dataset_rows WHERE name = 'photo_edits' ORDER BY row_id LIMIT 1"
+    ).to_pylist()[0]
     payloads = read_images(opened, [row["source_image_id"], row["image_id"]])
     done = forget(opened, [row["source_image_id"]], "asked")
     assert row["image_id"] in done.derived
@@ -190,7 +206,9 @@ def test_what_operators_made_from_an_image_goes_with_it_and_other_datasets_get_n
 
 
 def test_forgetting_the_target_of_a_made_edit_takes_the_edit_but_not_the_photo(opened: Lake) -> None:
-    row = opened.query("SELECT source_image_id, image_id FROM dataset_rows WHERE name = 'photo_edits' ORDER BY row_id LIMIT 1").to_pylist()[0]
+    row = opened.query("SELECT source_image_id, image_id FROM dataset_rows WHERE name = 'photo_edits' ORDER BY row_id LIMIT 1").to_pylist()[
+        0
+    ]
     done = forget(opened, [row["image_id"]], "asked")
     assert done.images == [row["image_id"]]
     assert read_images(opened, [row["source_image_id"]])
@@ -216,7 +234,9 @@ def test_checkpoints_that_learned_from_it_are_listed(opened: Lake) -> None:
 
 
 def test_near_takes_the_whole_group(opened: Lake) -> None:
-    group = opened.query("SELECT group_id, list(image_id ORDER BY image_id) AS ids FROM duplicates GROUP BY group_id ORDER BY group_id").to_pylist()[0]
+    group = opened.query(
+        "SELECT group_id, list(image_id ORDER BY image_id) AS ids FROM duplicates GROUP BY group_id ORDER BY group_id"
+    ).to_pylist()[0]
     assert len(group["ids"]) == 2 and forget(opened, group["ids"][:1], "asked", dry_run=True).images == group["ids"][:1]
     assert set(forget(opened, group["ids"][:1], "asked", near=True).images) == set(group["ids"])
 
@@ -260,7 +280,9 @@ def test_a_takedown_that_was_cut_off_is_finished_by_the_next(opened: Lake, monke
 # --- stays away ------------------------------------------------------------------------------------------------------
 
 
-def test_a_forgotten_image_that_comes_back_is_refused_with_the_reason(opened: Lake, template: tuple[Path, RefreshSettings], tmp_path: Path) -> None:
+def test_a_forgotten_image_that_comes_back_is_refused_with_the_reason(
+    opened: Lake, template: tuple[Path, RefreshSettings], tmp_path: Path
+) -> None:
     own = tmp_path / "own"
     shutil.copytree(template[0] / "own", own)
     settings = template[1].model_copy(update={"extra_sources": (template[1].extra_sources[0].model_copy(update={"path": own}),)})
@@ -273,7 +295,10 @@ def test_a_forgotten_image_that_comes_back_is_refused_with_the_reason(opened: La
     picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(own / "mirrored.png")  # another picture of the same size
     (own / "again.txt").write_text(OWN_CAPTION)
     build(opened, settings)
-    rows = {row["subject_id"]: row for row in opened.query("SELECT subject_id, error, detail, image_id FROM op_ingest WHERE source = 'own'").to_pylist()}
+    rows = {
+        row["subject_id"]: row
+        for row in opened.query("SELECT subject_id, error, detail, image_id FROM op_ingest WHERE source = 'own'").to_pylist()
+    }
     for name in ("private", "again", "recoded"):
         assert rows[f"own/{name}.png"]["error"] == "forgotten" and "the person asked" in rows[f"own/{name}.png"]["detail"], name
     assert rows["own/mirrored.png"]["error"] is None and rows["own/other.png"]["error"] is None

@@ -43,7 +43,9 @@ def invoke(*arguments: str, code: int = 0) -> str:
     return result.stdout if code == 0 else result.stderr
 
 
-@pytest.mark.parametrize("command", [["datasets"], ["publish"], ["forget"], *(["policy", name] for name in ("try", "commit", "reset", "diff", "show"))])
+@pytest.mark.parametrize(
+    "command", [["datasets"], ["publish"], ["forget"], *(["policy", name] for name in ("try", "commit", "reset", "diff", "show"))]
+)
 def test_every_command_explains_itself(command: list[str]) -> None:
     assert "--lake" in invoke(*command, "--help")
     names = {item.name or item.callback.__name__: item for item in (*own_commands.registered_commands, *policy.registered_commands)}
@@ -53,7 +55,9 @@ def test_every_command_explains_itself(command: list[str]) -> None:
 def test_try_shows_both_funnels_and_writes_only_the_sheet(lake: str, tmp_path: Path) -> None:
     with Lake(lake, read_only=True) as opened:
         snapshot = opened.snapshot()
-    text = invoke("policy", "try", str(POLICIES / "t2i.sql"), "--lake", lake, "--set", "min_sharpness=0.95", "--sheet", str(tmp_path / "s.html"))
+    text = invoke(
+        "policy", "try", str(POLICIES / "t2i.sql"), "--lake", lake, "--set", "min_sharpness=0.95", "--sheet", str(tmp_path / "s.html")
+    )
     assert "current_rejected" in text and "leave by rule: sharp" in text and f"contact sheet: {tmp_path / 's.html'}" in text
     assert (tmp_path / "s.html").read_text().startswith("<!doctype html>")
     with Lake(lake, read_only=True) as opened:

@@ -176,7 +176,9 @@ def test_a_policy_of_a_new_name_is_a_dataset_of_its_own_in_later_refreshes(own: 
     file = tmp_path / "red.sql"
     file.write_text(f"-- @candidates\n{CANDIDATES}\n-- @rule ingested\nerror IS NULL\n-- @rule red\ntext LIKE '%red%'\n")
     made, _ = commit_policy(own, file, "red")
-    assert 0 < made["rows"] < len(open_dataset(own, "t2i")) and all("red" in text for text in open_dataset(own, "red").rows["text"].to_pylist())
+    assert 0 < made["rows"] < len(open_dataset(own, "t2i")) and all(
+        "red" in text for text in open_dataset(own, "red").rows["text"].to_pylist()
+    )
     names = [row["name"] for row in refresh.curate(own, settings, 0)]
     assert names == ["t2i", "edit", "photos", "photo_edits", "rl", "red"]
     reset_policy(own, "red")
