@@ -82,7 +82,7 @@ def _overrides(texts: list[str] | None) -> dict[str, Any]:
 def try_(
     file: PolicyFile, lake: LakeFolder = DEFAULT_LAKE, set_: Parameter = None,
     dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Dataset to compare with. Default: the file's name.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Where to write the contact sheet. Default: <lake>/reports/policy-<dataset>.html")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="File of the contact sheet. Default: <lake>/reports/policy-<dataset>.html")] = None,
     samples: Annotated[int, typer.Option(min=1, max=50, help="Rows shown on each side of each rule.")] = 6,
 ) -> None:  # fmt: skip
     """Judge all candidates by a policy file, writing nothing to the lake: funnel beside the current one, and a contact sheet."""
@@ -238,7 +238,8 @@ def forget(
         say(f"{'would forget' if dry_run else 'forgot'} {len(done.images)} images, {len(done.derived)} of them made from the others")
         _console()._print_rows([{"table": name, "rows": count} for name, count in done.rows.items()], "table")
         say(
-            f"files rewritten: {done.files_rewritten}; snapshots expired: {len(done.expired_snapshots)}; cached files deleted: {done.cached_files}"
+            f"files rewritten: {done.files_rewritten}; snapshots expired: {len(done.expired_snapshots)}; "
+            f"cached files deleted: {done.cached_files}"
         )
         for title, names in (
             ("dataset versions that lose rows", done.datasets), ("new versions without them", done.new_versions),

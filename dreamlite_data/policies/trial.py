@@ -125,7 +125,8 @@ def _stored_origin(lake: Lake) -> dict[str, Any]:
     """Sources, seed and what else is no setting of a policy, as the newest dataset version read them; without one, every source
     that the lake has."""
     stored = lake.query(
-        "SELECT r.parameters FROM policy_rules r JOIN datasets d ON d.name = r.dataset AND d.version = r.version ORDER BY d.snapshot, r.dataset"
+        "SELECT r.parameters FROM policy_rules r JOIN datasets d ON d.name = r.dataset AND d.version = r.version "
+        "ORDER BY d.snapshot, r.dataset"
     )["parameters"].to_pylist()
     known = [json.loads(text) for text in stored]
     sources = lake.query("SELECT DISTINCT source FROM current_ingest ORDER BY source")["source"].to_pylist()

@@ -88,7 +88,8 @@ def forgotten(template: tuple[Path, RefreshSettings], tmp_path_factory: pytest.T
 def write_caches(lake: Lake, image_id: str, payload: bytes) -> None:
     """Files of every kind of cache; those that end in '_goes' hold something of the image."""
     for name, content in (
-        ("cache/responses/ab/one_goes.json", json.dumps({"inputs": [image_id]}).encode()), ("cache/responses/ab/two.json", b'{"inputs": ["x"]}'),
+        ("cache/responses/ab/one_goes.json", json.dumps({"inputs": [image_id]}).encode()),
+        ("cache/responses/ab/two.json", b'{"inputs": ["x"]}'),
         ("cache/states-1/part_goes.safetensors", b"opaque"), ("cache/latents-1/part_goes.safetensors", image_id.encode()),
         ("cache/latents-1/other.safetensors", b"0" * 64), ("candidates/t2i_goes.parquet", b"opaque"), ("downloads/ab/file_goes", payload),
         ("downloads/ab/other", b"other"),
@@ -220,7 +221,8 @@ def test_checkpoints_that_learned_from_it_are_listed(opened: Lake) -> None:
     image_id = private_id(opened)
     opened.append({
         "datasets": [{"name": "mine", "version": 1, "digest": "d", "policy_digest": "p", "rows": 1}],
-        "dataset_rows": [{"name": "mine", "version": 1, "row_id": "own/private.png", "task": "generate", "image_id": image_id, "text": OWN_CAPTION}],
+        "dataset_rows": [{"name": "mine", "version": 1, "row_id": "own/private.png", "task": "generate", "image_id": image_id,
+                          "text": OWN_CAPTION}],
         "lineage": [
             {"child_kind": "checkpoint", "child_id": "t2i-1", "parent_kind": "dataset", "parent_id": "mine@1", "role": "trained_on"},
             {"child_kind": "checkpoint", "child_id": "dmd2-1", "parent_kind": "checkpoint", "parent_id": "t2i-1", "role": "started_from"},
