@@ -301,14 +301,19 @@ def score(lake: Lake, settings: RefreshSettings, executor: Executor, reward_dirs
 
 def curate(lake: Lake, settings: RefreshSettings, seed: int) -> list[dict[str, Any]]:
     """Run the policies; returns name, version, rows and digest of every dataset that has candidates."""
+    with lake.exclusive("refresh"):
+        return run_policies(lake, policy_parameters(lake, settings, seed))
+
+
+def policy_parameters(lake: Lake, settings: RefreshSettings, seed: int) -> dict[str, Any]:
+    """What the $parameters of the policies stand for in a refresh with these settings."""
     parameters = settings.policy.model_dump() | {
         "sources": [source.name for source in source_list(lake, settings, seed)],
         "seed": str(seed),
     }
     if settings.scenes.fault_share == 0:
         parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find
-    with lake.exclusive("refresh"):
-        return run_policies(lake, parameters)
+    return parameters
 
 
 def funnel(lake: Lake) -> pa.Table:

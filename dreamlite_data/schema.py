@@ -135,7 +135,25 @@ TRACKING: dict[str, pa.Schema] = {
     "evals": _schema(run_id=ID, stage=ID, task=ID, metric=ID, value=pa.float64(), n=pa.int64()),
 }  # fmt: skip
 
-TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING}
+GOVERNANCE: dict[str, pa.Schema] = {
+    # Policies that a user committed. The row with the highest position holds for its dataset; one without text gives the dataset
+    # back to the packaged policy. `parameters_json` holds what --set gave, over the settings of the refresh.
+    "policies": _schema(
+        name=ID, position=pa.int64(), digest=ID, text=pa.string(), parameters_json=pa.string(), committed_at=TIME, version=pa.int32()
+    ),
+    # What was asked to be forgotten and what that took. `proof` is null until the files are gone and the lake has been scanned.
+    "takedowns": _schema(
+        takedown_id=ID, image_id=ID, reason=pa.string(), requested_at=TIME, rows_removed=pa.int64(), files_rewritten=pa.int64(),
+        datasets=pa.list_(pa.string()), checkpoints=pa.list_(pa.string()), expired_snapshots=pa.list_(pa.int64()),
+        text_digests=pa.list_(pa.string()), proof=ID,
+    ),
+    # Every image that must not come back: by the sha256 of its bytes as stored and as they came, and by its pixels.
+    "tombstones": _schema(
+        image_id=ID, original_sha256=ID, pixel_sha256=ID, width=pa.int32(), height=pa.int32(), takedown_id=ID, reason=pa.string()
+    ),
+}  # fmt: skip
+
+TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING, **GOVERNANCE}
 
 CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
 """Tables in which a row is stored once however often a source brings it."""
