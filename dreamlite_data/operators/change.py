@@ -26,6 +26,12 @@ def difference(source: Pixels, target: Pixels) -> np.ndarray:
     return np.abs(source.astype(np.int16) - target.astype(np.int16)).max(-1)
 
 
+def smooth_difference(source: Pixels, target: Pixels) -> np.ndarray:
+    """The same after a mean over 3 x 3 px, float32 [H, W]: the noise of JPEG cancels within its window, an edit does not."""
+    signed = target.astype(np.float32) - source.astype(np.float32)
+    return np.abs(ndimage.uniform_filter(signed, (3, 3, 1), mode="nearest")).max(-1)
+
+
 def changed_pixels(source: Pixels, target: Pixels) -> np.ndarray:
     """bool [H, W]: where the pictures differ by more than CHANGED_LEVELS in any channel."""
     return difference(source, target) > CHANGED_LEVELS
@@ -66,14 +72,14 @@ def similarity_map(source: Pixels, target: Pixels) -> np.ndarray:
 
 
 def correlation(source: Pixels, target: Pixels, where: np.ndarray | None = None) -> float | None:
-    """Normalised cross-correlation of the lumas over bool [H, W] `where` (None: everywhere): 1 where one is a brighter or
-    more contrasty version of the other. None where either is flat there."""
+    """Size of the normalised cross-correlation of the lumas over bool [H, W] `where` (None: everywhere), in [0, 1]: 1 where
+    one is a brighter, flatter or negative version of the other. None where either is flat there."""
     first, second = (pixels.astype(np.float32) @ LUMA for pixels in (source, target))
     if where is not None:
         first, second = first[where], second[where]
     if first.size < 2 or first.std() < 1 or second.std() < 1:
         return None
-    return float(((first - first.mean()) * (second - second.mean())).mean() / (first.std() * second.std()))
+    return abs(float(((first - first.mean()) * (second - second.mean())).mean() / (first.std() * second.std())))
 
 
 def mask_cells(changed: np.ndarray) -> bytes:

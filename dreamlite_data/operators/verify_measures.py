@@ -15,6 +15,7 @@ from dreamlite_data.operators.change import (
     estimated_mask,
     regions,
     similarity_map,
+    smooth_difference,
 )
 from dreamlite_data.operators.quality import phash
 from dreamlite_data.operators.wording import COLOURS, said_colour, said_difference, said_direction, said_sides
@@ -24,18 +25,21 @@ NOT_APPLICABLE = float("nan")
 LEAST_SHIFT = {"brightness": 2.0, "contrast": 0.02, "saturation": 1.0, "warmth": 1.5, "sharpness": 0.03}
 """How far a quantity must go for its direction to count: levels, or for contrast and sharpness the logarithm of the ratio."""
 
+MARGIN_PX = 2
+"""How far from the mask a change still belongs to its edge: a soft edge, and the window of the smoothing."""
+
 Measures = dict[str, float | None]
 
 
 def measure_triplet(source: Pixels, target: Pixels, instruction: str, mask: np.ndarray | None = None) -> Measures:
     """All measures of a triplet whose pictures, uint8 [H, W, 3], have one size; `mask` is where the edit belongs, bool [H, W],
     or None where nobody says: then it is estimated from the change, and what compares the two is None."""
-    apart = difference(source, target)
-    changed = apart > CHANGED_LEVELS
+    changed = difference(source, target) > CHANGED_LEVELS
     region = estimated_mask(changed)
     inside = region if mask is None else mask
-    outside = ~ndimage.binary_dilation(inside, iterations=2) if mask is None else ~inside
-    share = apart.astype(np.float32) / 255
+    outside = ~ndimage.binary_dilation(inside, iterations=MARGIN_PX)
+    smooth = smooth_difference(source, target)
+    share = smooth / 255
     measures: Measures = {
         "edited_fraction": float(changed.mean()),
         "change": float(share.mean()),
@@ -52,7 +56,7 @@ def measure_triplet(source: Pixels, target: Pixels, instruction: str, mask: np.n
         measures["structure_outside"] = float(similarity_map(source, target)[outside].mean())
     if mask is not None:
         measures["inside_fraction"] = float(changed[mask].mean()) if mask.any() else 0.0
-        measures["outside_fraction"] = float(changed[~mask].mean()) if not mask.all() else NOT_APPLICABLE
+        measures["outside_fraction"] = float((smooth > CHANGED_LEVELS)[outside].mean()) if outside.any() else NOT_APPLICABLE
     return measures | _of_words(source, target, instruction, changed, region)
 
 
