@@ -43,7 +43,7 @@ def estimated_mask(changed: np.ndarray) -> np.ndarray:
     scale = min(1.0, min(changed.shape) / 256)
     labels, count = ndimage.label(changed)
     if not count:
-        return np.zeros_like(changed)
+        return changed
     sizes = np.bincount(labels.ravel())
     large = sizes >= max(2, SMALLEST_REGION_PX * scale**2)
     large[0] = False

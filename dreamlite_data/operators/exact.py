@@ -228,7 +228,7 @@ _OPERATIONS = (
     Operation(
         "more_contrast",
         Words("contrast", ("raise the contrast of the picture", "more contrast, please", "make the contrast stronger"),
-              ("raise the contrast of the whole picture to {percent}%, with darker shadows and brighter lights",)),
+              ("raise the contrast of the whole picture to {percent}%, with deeper shadows and stronger lights",)),
         _contrast, {"percent": (130, 150, 170)},
     ),
     Operation(

@@ -63,6 +63,10 @@ class Rules:
         """The most particular rule that there is for a type."""
         return next((name for name in (str(kind), kind.level1) if name in self.conditions), FALLBACK)
 
+    def measures(self, kind: EditType) -> frozenset[str]:
+        """What the rule of a type reads."""
+        return frozenset(condition.measure for condition in self.conditions[self.name_for(kind)])
+
     def judge(self, kind: EditType, measures: Measures) -> Verdict:
         """Hold the conditions of `kind` against `measures`: a missing or null measure is not evaluated, NaN not applicable."""
         name = self.name_for(kind)

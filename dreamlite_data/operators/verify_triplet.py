@@ -18,6 +18,16 @@ from dreamlite_data.operators.verify_measures import measure_triplet
 from dreamlite_data.operators.verify_rules import Rules, load_rules
 from dreamlite_data.taxonomy import load_taxonomy
 
+SUBJECTS = """
+SELECT e.edit_id, e.instruction, e.edit_type, coalesce(r.source, e.route) AS origin, e.target_image_id, e.source_image_id, m.mask_png,
+       k.scene_json AS source_scene, CAST(NULL AS VARCHAR) AS given_json
+FROM edits e
+LEFT JOIN (SELECT edit_id, min(source) AS source FROM edit_records GROUP BY edit_id) r ON r.edit_id = e.edit_id
+LEFT JOIN edit_masks m ON m.edit_id = e.edit_id
+LEFT JOIN current_caption k ON k.subject_id = e.source_image_id
+"""
+"""Every stored triplet with what is known of its mask."""
+
 
 class VerifyTriplet:
     """Operator over triplets with both images. `mask_png` is the known mask or null; `source_scene` the reading of a
@@ -50,7 +60,7 @@ class VerifyTriplet:
         mask = decode_mask(row["mask_png"]) if row["mask_png"] else scene_mask(row["source_scene"], row["instruction"])
         if mask is not None and mask.shape != source.shape[:2]:
             raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the pictures {source.shape[1]} x {source.shape[0]}")
-        measures = measure_triplet(source, target, row["instruction"], mask)
+        measures = measure_triplet(source, target, row["instruction"], mask, self.rules.measures(kind))
         if row["given_json"]:
             measures |= json.loads(row["given_json"])
         found = self.rules.judge(kind, measures)

@@ -231,8 +231,9 @@ def report_of(cases: Iterable[Case], masks: bool = True, rules: Rules | None = N
     rules = rules or load_rules()
     counts: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for case in cases:
-        measures = measure_triplet(case.source, case.target, case.instruction, case.mask if masks else None)
-        verdict = rules.judge(load_taxonomy().edit_type(case.edit_type, case.origin), measures).verdict
+        kind = load_taxonomy().edit_type(case.edit_type, case.origin)
+        mask = case.mask if masks else None
+        verdict = rules.judge(kind, measure_triplet(case.source, case.target, case.instruction, mask, rules.measures(kind))).verdict
         cell = counts[case.origin, case.edit_type][case.fault]
         cell[0] += 1
         cell[1] += verdict == "pass"
