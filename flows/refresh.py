@@ -23,6 +23,9 @@ MEASURES = {
 
 REWARDS = ("generate", "edit")
 
+EDIT_FOLDERS = ("cutouts", "instructor", "editor", "reward")
+"""Settings of edit routes that name folders: their content counts (see `edit_folders`), not where they lie."""
+
 VIEWS = ("dreamlite_data.lake",)
 """Brings views.sql into a key: what a measurement or a policy reads is defined there."""
 
@@ -32,6 +35,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     settings, policy = config.refresh, config.refresh.policy
     code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
+    edit_routes = {"composite": spec_of(settings.composite, EDIT_FOLDERS), "edit_model": spec_of(settings.edit_model, EDIT_FOLDERS)}
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
     return [
         components_step(config),
@@ -55,9 +59,10 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
         ),
         _measure_step(config, "quality", "ingest", {}, "Measure sharpness, contrast and near-duplicates."),
         _measure_step(
-            config, "caption", "quality", {"min_side_px": policy.min_side_px}, "Caption images and make edit triplets of photos."
+            config, "caption", "quality", {"min_side_px": policy.min_side_px, **edit_routes}, "Caption images and make edit triplets of photos.",
+            external=lambda: edit_folders(settings),
         ),
-        _measure_step(config, "verify", "caption", {}, "Check captions and edits against the pixels."),
+        _measure_step(config, "verify", "caption", {"edit_pairs": spec_of(settings.edit_pairs)}, "Check captions and edits against the pixels."),
         Step(
             "score",
             _counts(
@@ -82,7 +87,16 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     ]
 
 
-def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str) -> Step:
+def edit_folders(settings: RefreshSettings) -> dict[str, str]:
+    """{setting: digest} of the folders that edit routes read."""
+    models = settings.edit_model
+    named = {"cutouts": settings.composite.cutouts, "instructor": models.instructor, "editor": models.editor, "reward": models.reward}
+    return {name: folder_digest(Path(path)) for name, path in sorted(named.items()) if path is not None}
+
+
+def _measure_step(
+    config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str, external: Callable[[], dict[str, Any]] | None = None
+) -> Step:
     settings, operators = config.refresh, MEASURES[name]
     return Step(
         name,
@@ -90,6 +104,7 @@ def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str
         ("dreamlite_data.refresh",),
         spec={"operators": operators, **spec},
         inputs=(before,),
+        external=external,
         alone=VIEWS,
         about=about,
     )

@@ -46,6 +46,7 @@ def measure_triplet(
     outside = ~_grown(inside)
     smooth = smooth_difference(source, target)
     any_outside = bool(outside.any())
+    clearly = smooth > CHANGED_LEVELS
     measures: Measures = {
         "edited_fraction": float(changed.mean()),
         "inside_change": float(smooth[inside].mean()) / 255 if inside.any() else 0.0,
@@ -58,13 +59,13 @@ def measure_triplet(
         measures["structure_outside"] = float(similarity_map(source, target)[outside].mean())
     if mask is not None:
         measures["inside_fraction"] = float(changed[mask].mean()) if mask.any() else 0.0
-        measures["outside_fraction"] = float((smooth > CHANGED_LEVELS)[outside].mean()) if any_outside else NOT_APPLICABLE
+        measures["outside_fraction"] = float(clearly[outside].mean()) if any_outside else NOT_APPLICABLE
     dear: dict[str, Callable[[], float | None]] = {
         "correlation": lambda: correlation(source, target),
         "phash_distance": lambda: float((int(_hash(source)) ^ int(_hash(target))).bit_count()),
-        "side_agrees": lambda: _side_agrees(instruction, changed),
+        "side_agrees": lambda: _side_agrees(instruction, clearly),
         "count_agrees": lambda: _count_agrees(instruction, region),
-        "colour_distance": lambda: _colour_distance(instruction, target, changed),
+        "colour_distance": lambda: _colour_distance(instruction, target, clearly),
         "direction_agrees": lambda: _direction_agrees(instruction, source, target),
     }
     return measures | {name: measure() for name, measure in dear.items() if names is None or name in names}
