@@ -49,6 +49,7 @@ def measure_triplet(
     clearly = smooth > CHANGED_LEVELS
     measures: Measures = {
         "edited_fraction": float(changed.mean()),
+        "clear_fraction": float(clearly.mean()),
         "inside_change": float(smooth[inside].mean()) / 255 if inside.any() else 0.0,
         "outside_change": float(smooth[outside].mean()) / 255 if any_outside else NOT_APPLICABLE,
         "structure_outside": NOT_APPLICABLE,
