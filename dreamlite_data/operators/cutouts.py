@@ -23,8 +23,8 @@ MIN_SIDE_PX, MAX_SIDE_PX = 48, 4096
 MAX_NAME_WORDS = 4
 MAX_CAPTION_BYTES = 65536
 _ENDS_NAME = frozenset("with of in on at for from to by and or that which who is was are over under near like used".split())
-MOST_OPAQUE = 0.97  # a rectangle that is all opaque is a picture, not a cut-out
-LEAST_OPAQUE = 0.08
+MOST_OPAQUE = 0.97  # of the file: a rectangle that is all opaque is a picture, not a cut-out
+LEAST_OPAQUE = 0.08  # of what shows: below, it is a thread or a smudge
 DRAWN_PX = 128
 
 
@@ -141,10 +141,10 @@ def _decode(file: Path) -> np.ndarray:
     shown = pixels[..., 3] > 0
     if not shown.any():
         raise CutOutError(f"{file}: nothing of it shows")
+    opaque = float((pixels[..., 3] > 127).mean())
     rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
     pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    opaque = float((pixels[..., 3] > 127).mean())
-    if not LEAST_OPAQUE <= opaque <= MOST_OPAQUE:
+    if opaque > MOST_OPAQUE or float((pixels[..., 3] > 127).mean()) < LEAST_OPAQUE:
         raise CutOutError(f"{file}: {opaque:.0%} of it is opaque, a cut-out has {LEAST_OPAQUE:.0%} to {MOST_OPAQUE:.0%}")
     return pixels
 
