@@ -55,7 +55,8 @@ class Try:
 
 
 class Instructor(Protocol):
-    """Says what to ask for, in order of preference. `digest` names weights or data behind it."""
+    """Says what to ask for, in order of preference. `digest` names weights or data behind it. One with a model has a method
+    `prepare()` that loads it, as may an editor."""
 
     name: str
     digest: str
@@ -139,6 +140,9 @@ class Edit:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks")}
+        for part in (self.instructor, self.editor):
+            if hasattr(part, "prepare"):
+                part.prepare()  # a model that is not there is the user's mistake, not a bad row: it must end the run
         return by_row(self._one, rows, "image_id", self.schema)
 
     def _one(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class VlmInstructor:
         self.prompt_id = f"vlm/{hashlib.sha256(self.prompt.encode()).hexdigest()[:12]}"
         self.digest = f"{weights} {self.prompt_id} {max_new_tokens}"
 
+    def prepare(self) -> None:
+        """Load the model; raises EditModelError where there is none."""
+        _vlm(self.folder, self.device)
+
     def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]:
         for edit_type, words in parse_proposals(self.answer(pixels))[: self.count]:
             form = Form("long" if len(words.split()) > 12 else "short", words, self.prompt_id)
@@ -98,6 +102,12 @@ class PipelineEditor:
         self.reward, self.min_reward = str(reward) if reward else None, min_reward
         settings = f"tries={tries} steps={inference_steps} min_reward={min_reward}"
         self.digest = f"{weights} {reward_weights} {settings}"
+
+    def prepare(self) -> None:
+        """Load pipeline and reward; raises EditModelError or RewardCheckpointError where there is none."""
+        _pipeline(self.folder, self.device)
+        if self.reward is not None:
+            _reward(self.reward)
 
     def tries(self, pixels: Pixels, image_id: str, request: Request) -> list[Try]:
         with _one_thread():
@@ -160,14 +170,43 @@ def choose(source: Pixels, pictures: list[Pixels], rewards: list[float | None], 
 
 @functools.cache
 def _vlm(folder: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = _processor(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise EditModelError(f"{folder} holds no image-text-to-text model with its processor: {error}") from error
+    if not getattr(processor, "chat_template", None):
+        raise EditModelError(f"the processor in {folder} has no chat template: use an instruction-tuned model")
     return model.to(device).eval(), processor
+
+
+def _processor(folder: str) -> Any:
+    """The model's processor. Where its video half needs a torchvision that is not installed, the processor without that half:
+    only pictures are asked about here."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    try:
+        whole = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        if hasattr(whole, "image_processor"):
+            return whole
+    except ImportError:
+        pass
+    base = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, local_files_only=True))]
+
+    class ImagesOnly(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+            return type(None) if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    return ImagesOnly(image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
 
 
 @functools.cache
