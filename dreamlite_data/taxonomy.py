@@ -48,9 +48,9 @@ class Taxonomy:
     shares: dict[tuple[str, str], tuple[float, tuple[str, ...]]]
 
     def edit_type(self, label: str | None, origin: str | None = None) -> EditType:
-        """What `label` means when it comes from the source or route `origin`; unmapped where nobody knows."""
-        word = normalise(label)
-        named = [name for name, known in self.labels if known == word and origin and name != ANY and origin.startswith(name)]
+        """What `label` means when it comes from the data set, source or route `origin`; unmapped where nobody knows."""
+        word, place = normalise(label), normalise(origin)
+        named = [name for name, known in self.labels if known == word and name != ANY and place.startswith(name)]
         for name in (max(named, key=len, default=None), ANY):
             found = self.labels.get((name, word)) if name else None
             if found is not None:
@@ -62,7 +62,7 @@ class Taxonomy:
 
 
 def normalise(label: str | None) -> str:
-    """A label in lower case with every run of other characters as one underscore. The view edit_types does the same."""
+    """A label or origin in lower case with every run of other characters as one underscore, as the view edit_types does."""
     return re.sub(r"[^a-z0-9]+", "_", (label or "").lower()).strip("_")
 
 

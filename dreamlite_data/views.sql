@@ -116,23 +116,33 @@ CREATE OR REPLACE VIEW triplets AS SELECT * FROM edit_records WHERE error IS NUL
 CREATE OR REPLACE VIEW latest_datasets AS
 SELECT * FROM datasets d WHERE version = (SELECT max(version) FROM datasets x WHERE x.name = d.name);
 
--- Each triplet's place in the taxonomy. A label means what its origin (the beginning of the source's name) says, else what it means
--- anywhere, else it is unmapped: such rows stay and are counted.
+-- Where each triplet was first published: the data set that its provider names, else the source, else our own route.
+CREATE OR REPLACE VIEW edit_origins AS
+SELECT r.edit_id, min(coalesce(p.origin, r.source, r.route)) AS origin
+FROM edit_records r
+LEFT JOIN (SELECT record_id, min(origin) AS origin FROM provenance WHERE role = 'target' GROUP BY record_id) p ON p.record_id = r.row_id
+WHERE r.error IS NULL
+GROUP BY r.edit_id;
+
+-- Each triplet's place in the taxonomy. A label means what its origin says, else what it means anywhere, else it is unmapped: such rows
+-- stay and are counted.
 CREATE OR REPLACE VIEW edit_types AS
 WITH labelled AS (
-    SELECT row_id, edit_id, source, route, edit_type, rejected, trim(regexp_replace(lower(coalesce(edit_type, '')), '[^a-z0-9]+', '_', 'g'), '_') AS label
-    FROM triplets
+    SELECT t.row_id, t.edit_id, t.source, o.origin, t.route, t.edit_type, t.rejected,
+           trim(regexp_replace(lower(coalesce(t.edit_type, '')), '[^a-z0-9]+', '_', 'g'), '_') AS label,
+           trim(regexp_replace(lower(o.origin), '[^a-z0-9]+', '_', 'g'), '_') AS place
+    FROM triplets t LEFT JOIN edit_origins o ON o.edit_id = t.edit_id
 ),
-pairs AS (SELECT DISTINCT source, label FROM labelled),
+pairs AS (SELECT DISTINCT place, label FROM labelled),
 named AS (
-    SELECT p.source, p.label, arg_max(t.level1, length(t.origin)) AS level1, arg_max(t.level2, length(t.origin)) AS level2
-    FROM pairs p JOIN taxonomy t ON t.label = p.label AND t.origin <> 'any' AND starts_with(p.source, t.origin)
-    GROUP BY p.source, p.label
+    SELECT p.place, p.label, arg_max(t.level1, length(t.origin)) AS level1, arg_max(t.level2, length(t.origin)) AS level2
+    FROM pairs p JOIN taxonomy t ON t.label = p.label AND t.origin <> 'any' AND starts_with(p.place, t.origin)
+    GROUP BY p.place, p.label
 )
-SELECT l.row_id, l.edit_id, l.source, l.route, l.edit_type, l.rejected,
+SELECT l.row_id, l.edit_id, l.source, l.origin, l.route, l.edit_type, l.rejected,
        coalesce(n.level1, g.level1, 'unmapped') AS level1, coalesce(n.level2, g.level2, 'unmapped') AS level2
 FROM labelled l
-LEFT JOIN named n ON n.source = l.source AND n.label = l.label
+LEFT JOIN named n ON n.place = l.place AND n.label = l.label
 LEFT JOIN taxonomy g ON g.origin = 'any' AND g.label = l.label;
 
 -- The published mix against what the newest dataset versions hold: `missing` rows would bring a category to its share of today's total.
@@ -215,3 +225,10 @@ UNION ALL
 SELECT 'image', r.source_image_id, n.depth + 1, 'source', n.id
 FROM nodes n JOIN dataset_rows r ON n.kind = 'dataset' AND n.id = r.name || '@' || r.version
 WHERE r.source_image_id IS NOT NULL;
+
+-- Edits that follow each other, as providers of multi-turn sets bring them.
+CREATE OR REPLACE VIEW sessions AS
+SELECT e.session_id, e.turn, e.edit_id, e.source_image_id, e.target_image_id, e.instruction, e.edit_type
+FROM edits e
+WHERE e.session_id IS NOT NULL AND e.edit_id IN (SELECT edit_id FROM current_ingest)
+ORDER BY e.session_id, e.turn;

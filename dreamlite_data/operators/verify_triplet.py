@@ -19,10 +19,10 @@ from dreamlite_data.operators.verify_rules import Rules, load_rules
 from dreamlite_data.taxonomy import load_taxonomy
 
 SUBJECTS = """
-SELECT e.edit_id, e.instruction, e.edit_type, coalesce(r.source, e.route) AS origin, e.target_image_id, e.source_image_id, m.mask_png,
+SELECT e.edit_id, e.instruction, e.edit_type, coalesce(r.origin, e.route) AS origin, e.target_image_id, e.source_image_id, m.mask_png,
        k.scene_json AS source_scene, CAST(NULL AS VARCHAR) AS given_json
 FROM edits e
-LEFT JOIN (SELECT edit_id, min(source) AS source FROM edit_records GROUP BY edit_id) r ON r.edit_id = e.edit_id
+LEFT JOIN edit_origins r ON r.edit_id = e.edit_id
 LEFT JOIN edit_masks m ON m.edit_id = e.edit_id
 LEFT JOIN current_caption k ON k.subject_id = e.source_image_id
 """

@@ -25,7 +25,8 @@ def test_every_kind_that_we_make_ourselves_is_mapped() -> None:
 def test_the_origin_decides_where_labels_differ_and_unknown_ones_are_said_to_be() -> None:
     taxonomy = load_taxonomy()
     assert taxonomy.edit_type("style", "scenes_1234_s0_edit") == EditType("scene", "background")
-    assert taxonomy.edit_type("style", "omniedit_train") == EditType("style", "art")
+    assert taxonomy.edit_type("style", "OmniEdit-Filtered-1.2M") == EditType("style", "art")
+    assert taxonomy.edit_type("Remove an existing object", "Pico-Banana-400K") == EditType("object", "remove")
     assert taxonomy.edit_type("Color Alter", "my_own_set") == EditType("attribute", "colour")  # all sets that have it agree
     assert taxonomy.edit_type("object/add") == EditType("object", "add")
     assert taxonomy.edit_type("replace", "my_own_set") == EditType("object", "replace")
@@ -59,18 +60,19 @@ def test_sql_groups_by_type_and_says_what_is_missing(lake: Lake) -> None:
     assert record_taxonomy(lake)
     snapshot = lake.snapshot()
     assert not record_taxonomy(lake) and lake.snapshot() == snapshot
-    rows = [_edit(0, "style", "scenes_x"), _edit(1, "Style", "omniedit"), _edit(2, "never heard of", "own"), _edit(3, None, "own")]
+    rows = [_edit(0, "style", "scenes_x"), _edit(1, "Style", "own"), _edit(2, "never heard of", "own"), _edit(3, None, "own")]
     rows += [_edit(4 + number, "add", "own") for number in range(6)]
     lake.append({
         "edits": [edit for edit, _ in rows], "op_ingest": [record for _, record in rows],
         "operator_versions": [{"name": "ingest", "op_version": "v", "config_json": "{}", "position": 0}],
+        "provenance": [{"image_id": "b", "record_id": "e1", "role": "target", "source": "own", "origin": "OmniEdit-Filtered-1.2M"}],
         "datasets": [{"name": "edit", "version": 1}],
         "dataset_rows": [{"name": "edit", "version": 1, "row_id": record["subject_id"], "task": "edit"} for _, record in rows],
     })  # fmt: skip
     types = {row["row_id"]: (row["level1"], row["level2"]) for row in lake.query_read_only("SELECT * FROM edit_types").to_pylist()}
     taxonomy = load_taxonomy()
     for edit, record in rows:  # the view and the function are one rule
-        kind = taxonomy.edit_type(edit["edit_type"], record["source"])
+        kind = taxonomy.edit_type(edit["edit_type"], "OmniEdit-Filtered-1.2M" if edit["edit_id"] == "e1" else record["source"])
         assert types[edit["edit_id"]] == (kind.level1, kind.level2)
     assert [types[f"e{number}"][0] for number in range(4)] == ["scene", "style", "unmapped", "unmapped"]
     quota = {row["category"]: row for row in lake.query_read_only("SELECT * FROM quota WHERE mix = 'dreamlite'").to_pylist()}
