@@ -26,8 +26,7 @@ from dreamlite_data.operators.quality import Quality
 from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, pending
 from dreamlite_data.operators.score import TASKS, Score, weights_digest
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
-from dreamlite_data.operators.verify_triplet import SUBJECTS as TRIPLETS
-from dreamlite_data.operators.verify_triplet import VerifyTriplet
+from dreamlite_data.operators.verify_triplet import VerifyTriplet, triplet_subjects
 from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
@@ -232,9 +231,8 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
             "JOIN current_caption k ON k.subject_id = c.image_id",
         )
     if name == "verify_triplet":
-        return Measurement(
-            functools.partial(VerifyTriplet, reading[0]), TRIPLETS, {"target_bytes": "target_image_id", "source_bytes": "source_image_id"}
-        )
+        make = functools.partial(VerifyTriplet, reading[0])
+        return Measurement(make, triplet_subjects(op_version(make())), {"target_bytes": "target_image_id", "source_bytes": "source_image_id"})
     return Measurement(
         functools.partial(VerifyEdit, reading[0]),
         "SELECT e.edit_id, e.instruction, e.target_image_id, e.source_image_id, a.scene_json AS source_scene, "

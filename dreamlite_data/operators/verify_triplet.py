@@ -18,15 +18,21 @@ from dreamlite_data.operators.verify_measures import measure_triplet
 from dreamlite_data.operators.verify_rules import Rules, load_rules
 from dreamlite_data.taxonomy import load_taxonomy
 
-SUBJECTS = """
+
+def triplet_subjects(version: str) -> str:
+    """SQL for every stored triplet without a row of `version`, with what is known of its mask. What is done goes out first:
+    masks are bytes, and with nothing pending none of them is read."""
+    return f"""
+WITH waiting AS (
+    SELECT e.* FROM edits e ANTI JOIN (SELECT subject_id FROM op_verify_triplet WHERE op_version = '{version}') d ON d.subject_id = e.edit_id
+)
 SELECT e.edit_id, e.instruction, e.edit_type, coalesce(r.origin, e.route) AS origin, e.target_image_id, e.source_image_id, m.mask_png,
        k.scene_json AS source_scene, CAST(NULL AS VARCHAR) AS given_json
-FROM edits e
+FROM waiting e
 LEFT JOIN edit_origins r ON r.edit_id = e.edit_id
 LEFT JOIN edit_masks m ON m.edit_id = e.edit_id
 LEFT JOIN current_caption k ON k.subject_id = e.source_image_id
 """
-"""Every stored triplet with what is known of its mask."""
 
 
 class VerifyTriplet:
