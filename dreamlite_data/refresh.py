@@ -21,17 +21,19 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import Operator, op_version
 from dreamlite_data.operators.caption import Caption
 from dreamlite_data.operators.duplicates import Duplicates
-from dreamlite_data.operators.edit import Edit
+from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
 from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, pending
 from dreamlite_data.operators.score import TASKS, Score, weights_digest
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
+from dreamlite_data.operators.verify_triplet import VerifyTriplet, triplet_subjects
 from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
 from dreamlite_data.sources.base import DigestCache, Unit
+from dreamlite_data.taxonomy import record_taxonomy
 
 __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
 
@@ -180,8 +182,8 @@ def _ingest_tasks(units: list[Unit], settings: RefreshSettings, version: str, st
 
 def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Sequence[str]) -> dict[str, Any]:
     """Run the named measurements (of MEASURES, or the groups of GROUPS) over what they have not seen.
-    `edit` makes new images, so the measures of an image follow it at once. Returns rows and failures of each,
-    and why where one is off."""
+    `edit` makes new images, so the measures of an image follow it at once; `verify_edit` is followed by the triplets that
+    verified ones give rise to, and by the rules of each edit type. Returns rows and failures of each, and why where one is off."""
     require_installed(settings)
     wanted: list[str] = []
     for name in names:
@@ -191,12 +193,22 @@ def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Se
     answer: dict[str, Any] = {}
     with lake.exclusive("refresh"):
         for name in wanted:
-            steps = ("edit", "quality", "duplicates") if name == "edit" else (name,)
-            for step in steps:
+            for step in _steps_of(lake, settings, name):
                 counts = _measure_one(lake, settings, executor, step)
                 for key, value in counts.items():
                     answer[f"{step}_{key}"] = value if isinstance(value, str) else answer.get(f"{step}_{key}", 0) + value
     return answer
+
+
+def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ...]:
+    if name not in ("edit", "verify_edit"):
+        return (name,)
+    record_taxonomy(lake)
+    active = forget_unused_routes(lake, settings)
+    if name == "edit":
+        return (*(route for route in active if route != "edit_pairs"), "quality", "duplicates")
+    pairs = ("edit_pairs", "verify_edit") * (1 + settings.edit_pairs.composed) if "edit_pairs" in active else ()
+    return ("verify_edit", *pairs, "verify_triplet")
 
 
 def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
@@ -213,14 +225,8 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
         return Measurement(Quality, "SELECT image_id FROM images", {"bytes": "image_id"})
     if name == "caption":
         return Measurement(Caption, "SELECT image_id FROM images", {"bytes": "image_id"})
-    if name == "edit":
-        subjects = (
-            "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
-            f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
-        )
-        if not settings.photos.edits_per_image:
-            subjects += " AND false"
-        return Measurement(functools.partial(Edit, settings.photos.edits_per_image), subjects, {"bytes": "image_id"})
+    if name in ROUTES:
+        return route_measurement(lake, settings, name)
     reading = lake.query("SELECT op_version FROM current_versions WHERE name = 'caption'")["op_version"].to_pylist()
     if not reading:
         raise LookupError(f"the measurement {name!r} compares with what was read from the images: run 'caption' first")
@@ -230,6 +236,9 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
             "SELECT c.caption_id, c.text, k.scene_json, coalesce(k.reason, k.error) AS reading_reason FROM captions c "
             "JOIN current_caption k ON k.subject_id = c.image_id",
         )
+    if name == "verify_triplet":
+        make = functools.partial(VerifyTriplet, reading[0])
+        return Measurement(make, triplet_subjects(op_version(make())), {"target_bytes": "target_image_id", "source_bytes": "source_image_id"})
     return Measurement(
         functools.partial(VerifyEdit, reading[0]),
         "SELECT e.edit_id, e.instruction, e.target_image_id, e.source_image_id, a.scene_json AS source_scene, "

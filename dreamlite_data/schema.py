@@ -25,7 +25,7 @@ CONTENT: dict[str, pa.Schema] = {
     "captions": _schema(caption_id=ID, image_id=ID, style=ID, text=pa.string(), captioner=ID, op_version=ID),
     "edits": _schema(
         edit_id=ID, source_image_id=ID, target_image_id=ID, instruction=pa.string(), edit_type=ID, route=ID, parent_edit_id=ID,
-        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(),
+        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(), rejected=pa.bool_(), reject_reason=pa.string(),
     ),
     # Every wording of a triplet's instruction; form is 'short', 'long' or what a source calls it.
     "instructions": _schema(
@@ -68,7 +68,8 @@ OPERATORS: dict[str, pa.Schema] = {
     ),
     # kind: 'first' (opens its group), 'pixels' (same pixels, other bytes), 'near' (pHash within the radius).
     "op_duplicates": _schema(subject_id=ID, op_version=ID, group_id=ID, kind=ID, distance=pa.int32(), error=pa.string()),
-    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), error=pa.string()),
+    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
+    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
     "op_caption": _schema(
         subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
         reason=pa.string(), error=pa.string(),
@@ -99,8 +100,17 @@ OPERATORS: dict[str, pa.Schema] = {
     "op_text": _schema(
         subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
     ),
+    # verdict: 'pass', 'fail', or 'not_evaluated' where a required measure was not available; rule is the entry of verify_rules.yaml.
+    "op_verify_triplet": _schema(
+        subject_id=ID, op_version=ID, inside_change=pa.float32(), outside_change=pa.float32(), edited_fraction=pa.float32(),
+        structure_outside=pa.float32(), rule=ID, verdict=ID, failed=pa.list_(pa.string()), not_evaluated=pa.list_(pa.string()),
+        error=pa.string(),
+    ),
     # The highest position names the current version of each operator, so a setting that is turned back costs nothing.
     "operator_versions": _schema(name=ID, op_version=ID, config_json=pa.string(), position=pa.int64()),
+    # What a label of an origin means, and how much of each level1 a mix wants: the packaged taxonomy.yaml as rows.
+    "taxonomy": _schema(origin=ID, label=ID, level1=ID, level2=ID, version=pa.int32(), digest=ID),
+    "edit_quotas": _schema(mix=ID, category=ID, level1=ID, share=pa.float64(), version=pa.int32(), digest=ID),
 }  # fmt: skip
 
 DATASETS: dict[str, pa.Schema] = {

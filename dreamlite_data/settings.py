@@ -40,11 +40,55 @@ class ScenesSettings(StrictSettings):
 
 class PhotosSettings(StrictSettings):
     """Photos out of the scikit-image and scikit-learn wheels, resized to `max_px` on the longer side.
-    `edits_per_image` exact edits (exposure, blur, ...) are made from each."""
+    `edits_per_image` exact edits (exposure, blur, ...) are made from each; `inverse_edits` adds the way back where it is exact."""
 
     enabled: bool = True
     max_px: int = Field(256, ge=64)
     edits_per_image: int = Field(3, ge=0)
+    inverse_edits: bool = False
+
+
+class CompositeSettings(StrictSettings):
+    """Edits made by pasting cut-outs onto photos: `per_image` of each photo (0: none), with the way back. `cutouts` is a folder of
+    PNG files with alpha and .txt captions; without it shapes are drawn."""
+
+    cutouts: Path | None = None
+    per_image: int = Field(0, ge=0, le=7)
+    inverse: bool = True
+
+
+class EditModelSettings(StrictSettings):
+    """Edits of photos by models, off without `editor`: `instructor` is a folder with a transformers image-text-to-text model that
+    proposes instructions, `editor` a folder with a diffusers editing pipeline. Of `tries` pictures the one that the edit reward
+    in `reward` likes best is kept if it reaches `min_reward`; the others stay as negatives."""
+
+    instructor: Path | None = None
+    editor: Path | None = None
+    reward: Path | None = None
+    per_image: int = Field(1, ge=1)
+    tries: int = Field(3, ge=1, le=64)
+    min_reward: float | None = None
+    inference_steps: int = Field(28, ge=1)
+    max_new_tokens: int = Field(256, ge=8, le=4096)
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _whole_or_off(self) -> EditModelSettings:
+        if self.editor is not None and self.instructor is None:
+            raise ValueError("refresh.edit_model.editor needs an instructor that says what to edit: give the folder of an image-text-to-text model")
+        if self.editor is not None and self.tries > 1 and self.reward is None:
+            raise ValueError("refresh.edit_model.tries above 1 needs a reward that chooses: give the folder of an EditReward, or set tries to 1")
+        if self.min_reward is not None and self.reward is None:
+            raise ValueError("refresh.edit_model.min_reward needs a reward: give the folder of an EditReward, or leave min_reward out")
+        return self
+
+
+class EditPairsSettings(StrictSettings):
+    """More triplets from verified ones of the small world, where its language can say them: the way back (`inverse`), and two
+    steps in one (`composed`: A to B and B to C give A to C)."""
+
+    inverse: bool = False
+    composed: bool = False
 
 
 class DownloadSettings(StrictSettings):
@@ -144,6 +188,8 @@ class PolicySettings(StrictSettings):
     min_edited_fraction: float = 0.004
     max_outside_fraction: float = 0.02
     require_scene_language: bool = True
+    require_triplet_rules: bool = False
+    """Whether triplets of sources must pass the rules of their edit type (verify_rules.yaml); composites always must."""
     sft_share: float = Field(0.35, gt=0, le=1)
     rl_rows_per_task: int = Field(4000, ge=1)
     heldout_share: float = Field(0.05, ge=0, lt=1)
@@ -231,6 +277,9 @@ class RefreshSettings(StrictSettings):
 
     scenes: ScenesSettings = ScenesSettings()
     photos: PhotosSettings = PhotosSettings()
+    composite: CompositeSettings = CompositeSettings()
+    edit_model: EditModelSettings = EditModelSettings()
+    edit_pairs: EditPairsSettings = EditPairsSettings()
     extra_sources: tuple[ExtraSource, ...] = ()
     downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()

@@ -22,6 +22,18 @@ SELECT * FROM op_verify_caption WHERE op_version = (SELECT op_version FROM curre
 CREATE OR REPLACE VIEW current_verify_edit AS
 SELECT * FROM op_verify_edit WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'verify_edit');
 
+CREATE OR REPLACE VIEW current_verify_triplet AS
+SELECT * FROM op_verify_triplet WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'verify_triplet');
+
+-- Triplets that our own routes made, by the current version of each: exact operators, compositing, models, pairs.
+CREATE OR REPLACE VIEW made_edits AS
+SELECT edit_id, min(name) AS operator, arg_min(subject_id, name) AS subject_id
+FROM (
+    SELECT unnest(o.edit_ids) AS edit_id, o.subject_id, v.name
+    FROM op_edit o JOIN current_versions v ON v.op_version = o.op_version
+)
+GROUP BY edit_id;
+
 CREATE OR REPLACE VIEW current_scores AS
 SELECT s.* FROM scores s JOIN current_versions v ON v.op_version = s.op_version AND v.name = 'score_' || s.task;
 
@@ -125,20 +137,33 @@ LEFT JOIN current_similarity m ON m.subject_id = o.caption_id
 LEFT JOIN current_safety f ON f.subject_id = o.image_id
 LEFT JOIN current_text w ON w.subject_id = o.image_id;
 
--- One row per edit triplet: those that sources bring, and those that exact operators made from photos.
+-- One row per edit triplet: those that sources bring, and those that our routes made. base_image_id is the picture that it all began
+-- with: whatever was made from one base lands in one split. A pair of the small world belongs to the source of its parent.
 CREATE OR REPLACE VIEW edit_records AS
-WITH offered AS (
-    SELECT subject_id AS row_id, edit_id, source, domain, shard, source_key, notes, error FROM current_ingest WHERE task = 'edit'
+WITH first_records AS (
+    SELECT edit_id, arg_min(source, subject_id) AS source, arg_min(domain, subject_id) AS domain
+    FROM current_ingest WHERE task = 'edit' AND edit_id IS NOT NULL GROUP BY edit_id
+),
+offered AS (
+    SELECT r.subject_id AS row_id, r.edit_id, r.source, r.domain, r.shard, r.source_key, r.notes, r.error, e.source_image_id AS base_image_id
+    FROM current_ingest r LEFT JOIN edits e ON e.edit_id = r.edit_id
+    WHERE r.task = 'edit'
     UNION ALL
-    SELECT edit_id, edit_id, 'exact', 'photos', NULL, edit_id, NULL, NULL
-    FROM edits
-    WHERE route = 'exact' AND op_version = (SELECT op_version FROM current_versions WHERE name = 'edit')
+    SELECT m.edit_id, m.edit_id, coalesce(f.source, e.route), coalesce(f.domain, 'photos'), NULL, m.edit_id, NULL, NULL,
+           coalesce(p.source_image_id, m.subject_id)
+    FROM made_edits m
+    JOIN edits e ON e.edit_id = m.edit_id
+    LEFT JOIN edits p ON m.operator = 'edit_pairs' AND p.edit_id = e.parent_edit_id
+    LEFT JOIN first_records f ON f.edit_id = p.edit_id
+    WHERE m.operator <> 'edit_pairs' OR f.edit_id IS NOT NULL
 )
-SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, o.error,
+SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, o.error, o.base_image_id,
        e.source_image_id, e.target_image_id AS image_id, e.instruction AS text, e.edit_type, e.route, e.parent_edit_id,
+       coalesce(e.relation, '') AS relation, coalesce(e.rejected, false) AS rejected, e.reject_reason,
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
-       coalesce(d.group_id, e.source_image_id) AS group_id, a.pixel_sha256 AS source_pixels, b.pixel_sha256 AS target_pixels,
+       coalesce(d.group_id, o.base_image_id) AS group_id, a.pixel_sha256 AS source_pixels, b.pixel_sha256 AS target_pixels,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
+       t.rule AS triplet_rule, t.verdict AS triplet_verdict, t.failed AS triplet_failed, t.not_evaluated AS triplet_not_evaluated,
        s.mu AS reward, s.log_sigma AS reward_log_sigma,
        -- The worse of both images; adding the other keeps it null where one of them was not measured.
        greatest(f.nsfw, g.nsfw) + 0 * (f.nsfw + g.nsfw) AS nsfw,
@@ -149,8 +174,9 @@ LEFT JOIN edits e ON e.edit_id = o.edit_id
 LEFT JOIN images i ON i.image_id = e.target_image_id
 LEFT JOIN current_quality a ON a.subject_id = e.source_image_id
 LEFT JOIN current_quality b ON b.subject_id = e.target_image_id
-LEFT JOIN current_duplicates d ON d.subject_id = e.source_image_id
+LEFT JOIN current_duplicates d ON d.subject_id = o.base_image_id
 LEFT JOIN current_verify_edit v ON v.subject_id = o.edit_id
+LEFT JOIN current_verify_triplet t ON t.subject_id = o.edit_id
 LEFT JOIN current_scores s ON s.subject_id = o.edit_id AND s.task = 'edit'
 LEFT JOIN current_safety f ON f.subject_id = e.source_image_id
 LEFT JOIN current_safety g ON g.subject_id = e.target_image_id;
@@ -162,6 +188,67 @@ CREATE OR REPLACE VIEW triplets AS SELECT * FROM edit_records WHERE error IS NUL
 
 CREATE OR REPLACE VIEW latest_datasets AS
 SELECT * FROM datasets d WHERE version = (SELECT max(version) FROM datasets x WHERE x.name = d.name);
+
+-- Where each triplet was first published: the data set that its provider names, else the source, else our own route.
+CREATE OR REPLACE VIEW edit_origins AS
+SELECT r.edit_id, min(coalesce(p.origin, r.source, r.route)) AS origin
+FROM edit_records r
+LEFT JOIN (SELECT record_id, min(origin) AS origin FROM provenance WHERE role = 'target' GROUP BY record_id) p ON p.record_id = r.row_id
+WHERE r.error IS NULL
+GROUP BY r.edit_id;
+
+-- Each triplet's place in the taxonomy. A label means what its origin says, else what it means anywhere, else it is unmapped: such rows
+-- stay and are counted.
+CREATE OR REPLACE VIEW edit_types AS
+WITH labelled AS (
+    SELECT t.row_id, t.edit_id, t.source, o.origin, t.route, t.edit_type, t.rejected,
+           trim(regexp_replace(lower(coalesce(t.edit_type, '')), '[^a-z0-9]+', '_', 'g'), '_') AS label,
+           trim(regexp_replace(lower(o.origin), '[^a-z0-9]+', '_', 'g'), '_') AS place
+    FROM triplets t LEFT JOIN edit_origins o ON o.edit_id = t.edit_id
+),
+pairs AS (SELECT DISTINCT place, label FROM labelled),
+named AS (
+    SELECT p.place, p.label, arg_max(t.level1, length(t.origin)) AS level1, arg_max(t.level2, length(t.origin)) AS level2
+    FROM pairs p JOIN taxonomy t ON t.label = p.label AND t.origin <> 'any' AND starts_with(p.place, t.origin)
+    GROUP BY p.place, p.label
+)
+SELECT l.row_id, l.edit_id, l.source, l.origin, l.route, l.edit_type, l.rejected,
+       coalesce(n.level1, g.level1, 'unmapped') AS level1, coalesce(n.level2, g.level2, 'unmapped') AS level2
+FROM labelled l
+LEFT JOIN named n ON n.place = l.place AND n.label = l.label
+LEFT JOIN taxonomy g ON g.origin = 'any' AND g.label = l.label;
+
+-- The published mix against what the newest dataset versions hold: `missing` rows would bring a category to its share of today's total.
+CREATE OR REPLACE VIEW quota AS
+WITH kept AS (
+    SELECT DISTINCT r.row_id
+    FROM dataset_rows r JOIN latest_datasets d ON d.name = r.name AND d.version = r.version
+    WHERE r.task = 'edit'
+),
+counted AS (
+    SELECT t.level1, count(*) AS n FROM edit_types t SEMI JOIN kept k ON k.row_id = t.row_id GROUP BY t.level1
+),
+total AS (SELECT coalesce(sum(n), 0) AS n FROM counted)
+SELECT q.mix, q.category, any_value(q.share) AS wanted_share, CAST(coalesce(sum(c.n), 0) AS BIGINT) AS have,
+       coalesce(sum(c.n), 0) / greatest(any_value(t.n), 1) AS have_share,
+       CAST(greatest(0, ceil(any_value(q.share) * any_value(t.n)) - coalesce(sum(c.n), 0)) AS BIGINT) AS missing
+FROM edit_quotas q LEFT JOIN counted c ON c.level1 = q.level1, total t
+GROUP BY q.mix, q.category
+UNION ALL
+SELECT m.mix, 'unmapped', 0, CAST(c.n AS BIGINT), c.n / greatest(t.n, 1), 0
+FROM (SELECT DISTINCT mix FROM edit_quotas) m, counted c, total t
+WHERE c.level1 = 'unmapped'
+ORDER BY mix, wanted_share DESC, category;
+
+-- How far the rules of verification were evaluated: a rule that waits for measures shows here and never passes in silence.
+CREATE OR REPLACE VIEW rule_coverage AS
+SELECT rule, count(*) AS triplets, count(*) FILTER (WHERE verdict = 'pass') AS passed, count(*) FILTER (WHERE verdict = 'fail') AS failed,
+       count(*) FILTER (WHERE verdict = 'not_evaluated') AS undecided, count(*) FILTER (WHERE len(not_evaluated) > 0) AS partly_evaluated,
+       list_sort(list_distinct(flatten(list(not_evaluated)))) AS not_evaluated
+FROM current_verify_triplet
+WHERE error IS NULL
+GROUP BY rule
+ORDER BY rule;
 
 -- Rows into and out of each rule, in the order of the policy, for the newest version of each dataset.
 CREATE OR REPLACE VIEW funnel AS

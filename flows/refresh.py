@@ -24,6 +24,9 @@ MEASURES = {
 
 REWARDS = ("generate", "edit")
 
+EDIT_FOLDERS = ("cutouts", "instructor", "editor", "reward")
+"""Settings of edit routes that name folders: their content counts (see `edit_folders`), not where they lie."""
+
 VIEWS = ("dreamlite_data.lake",)
 """Brings views.sql into a key: what a measurement or a policy reads is defined there."""
 
@@ -33,6 +36,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     settings, policy = config.refresh, config.refresh.policy
     code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
+    edit_routes = {"composite": spec_of(settings.composite, EDIT_FOLDERS), "edit_model": spec_of(settings.edit_model, EDIT_FOLDERS)}
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
     fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
     downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}
@@ -61,11 +65,13 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             config,
             "caption",
             "quality",
-            {"min_side_px": policy.min_side_px, **_model_specs(settings)},
+            {"min_side_px": policy.min_side_px, **edit_routes, **_model_specs(settings)},
             "Caption images, make edit triplets of photos, and measure with the models that the settings name.",
-            external=lambda: {model: folder_digest(Path(model)) for model in _model_folders(settings)},
+            external=lambda: {
+                **edit_folders(settings), **{model: folder_digest(Path(model)) for model in _model_folders(settings)}
+            },
         ),
-        _measure_step(config, "verify", "caption", {}, "Check captions and edits against the pixels."),
+        _measure_step(config, "verify", "caption", {"edit_pairs": spec_of(settings.edit_pairs)}, "Check captions and edits against the pixels."),
         Step(
             "score",
             _counts(
@@ -90,6 +96,13 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     ]
 
 
+def edit_folders(settings: RefreshSettings) -> dict[str, str]:
+    """{setting: digest} of the folders that edit routes read."""
+    models = settings.edit_model
+    named = {"cutouts": settings.composite.cutouts, "instructor": models.instructor, "editor": models.editor, "reward": models.reward}
+    return {name: folder_digest(Path(path)) for name, path in sorted(named.items()) if path is not None}
+
+
 def _model_specs(settings: RefreshSettings) -> dict[str, Any]:
     """What decides which models measure, for a key."""
     return {
@@ -112,7 +125,7 @@ def _measure_step(
     before: str,
     spec: dict[str, Any],
     about: str,
-    external: Callable[[], dict[str, str]] | None = None,
+    external: Callable[[], dict[str, Any]] | None = None,
 ) -> Step:
     settings, operators = config.refresh, MEASURES[name]
     return Step(
@@ -121,8 +134,8 @@ def _measure_step(
         ("dreamlite_data.refresh",),
         spec={"operators": operators, **spec},
         inputs=(before,),
-        alone=VIEWS,
         external=external,
+        alone=VIEWS,
         about=about,
     )
 

@@ -2,7 +2,7 @@
 
 -- @candidates
 SELECT row_id, 'edit' AS task, image_id, source_image_id, text, edit_type, edited_fraction, edit_mask, CAST(1 AS FLOAT) AS weight,
-       group_id, error, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
+       group_id, error, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction, rejected, triplet_verdict,
        nsfw, face_fraction, watermark,
        row_number() OVER (PARTITION BY coalesce(source_pixels, row_id), coalesce(target_pixels, row_id), text ORDER BY row_id) AS copy
 FROM edit_records
@@ -10,6 +10,9 @@ WHERE list_contains($sources, source)
 
 -- @rule ingested
 error IS NULL
+
+-- @rule not_rejected allow=any
+NOT rejected
 
 -- @rule unique_triplet
 copy = 1
@@ -31,6 +34,9 @@ $max_outside_fraction - outside_fraction
 
 -- @rule edit_matches_instruction when=require_scene_language allow=pass_all
 matches
+
+-- @rule passes_triplet_rules when=require_triplet_rules allow=pass_all
+triplet_verdict = 'pass'
 
 -- @rule no_nudity margin when=max_nsfw allow=any
 $max_nsfw - nsfw
