@@ -70,7 +70,7 @@ WITH offered AS (
 SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, o.error,
        e.source_image_id, e.target_image_id AS image_id, e.instruction AS text, e.edit_type, e.route, e.parent_edit_id,
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
-       coalesce(d.group_id, e.source_image_id) AS group_id, a.pixel_sha256 AS source_pixels, b.pixel_sha256 AS target_pixels,
+       coalesce(d.group_id, e.source_image_id) AS group_id, a.pixel_hash AS source_pixels, b.pixel_hash AS target_pixels,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
        s.mu AS reward, s.log_sigma AS reward_log_sigma
 FROM offered o

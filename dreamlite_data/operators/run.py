@@ -116,11 +116,12 @@ def delete_records(connection: Any, shards: list[tuple[str, str]]) -> None:
 
 def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
     """The worker's file without content that is stored already; None where nothing is left."""
-    key = schema.CONTENT_KEYS.get(table)
-    if key is None:
+    keys = [schema.CONTENT_KEYS[table]] if table in schema.CONTENT_KEYS else ["subject_id", "op_version"]
+    if table not in schema.CONTENT_KEYS and table not in schema.MEASURED_AT_INGEST:
         return path
-    ids = pq.read_table(path, columns=[key])
-    known = lake.query(f"SELECT {key} AS id FROM {table} SEMI JOIN ids ON ids.{key} = {table}.{key}", ids=ids)["id"]
+    key, ids = keys[0], pq.read_table(path, columns=keys)
+    equal = " AND ".join(f"ids.{column} = {table}.{column}" for column in keys)
+    known = lake.query(f"SELECT {key} AS id FROM {table} SEMI JOIN ids ON {equal}", ids=ids)["id"]
     if not len(known):
         return path
     keep = np.asarray(pc.invert(pc.is_in(ids[key], known)))
