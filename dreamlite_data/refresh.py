@@ -235,14 +235,13 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
 
 def _group_duplicates(lake: Lake) -> dict[str, int]:
     operator_config = Duplicates.config()
-    columns = "q.subject_id, q.pixel_sha256, q.phash, least(i.width, i.height) AS min_side_px"
+    columns = "q.subject_id, q.pixel_hash, q.phash, least(i.width, i.height) AS min_side_px"
     measured = "FROM current_quality q JOIN images i ON i.image_id = q.subject_id"
     version = op_version(_Named(Duplicates, operator_config))
     rows = pending(lake, f"SELECT {columns} {measured}", "op_duplicates", version)
     if len(rows):
         known = lake.query(
-            f"SELECT {columns}, d.group_id {measured} JOIN op_duplicates d ON d.subject_id = q.subject_id "
-            "WHERE d.op_version = $version AND d.group_id IS NOT NULL ORDER BY q.subject_id",
+            "SELECT group_id, pixel_hash, phash FROM op_duplicates WHERE op_version = $version AND group_id IS NOT NULL",
             {"version": version},
         )
         found = Duplicates(known)(rows).drop_columns(["op_version"])

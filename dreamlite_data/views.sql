@@ -25,10 +25,20 @@ SELECT * FROM op_verify_edit WHERE op_version = (SELECT op_version FROM current_
 CREATE OR REPLACE VIEW current_scores AS
 SELECT s.* FROM scores s JOIN current_versions v ON v.op_version = s.op_version AND v.name = 'score_' || s.task;
 
+-- Groups of more than one image. The keeper has the most pixels, then the sharpest edges, then the lowest id; policies follow
+-- the same order, and among equal images the lowest row.
 CREATE OR REPLACE VIEW duplicates AS
-SELECT subject_id AS image_id, group_id, kind, distance
-FROM current_duplicates
-WHERE group_id IN (SELECT group_id FROM current_duplicates GROUP BY group_id HAVING count(*) > 1);
+SELECT d.subject_id AS image_id, d.group_id, d.kind, d.distance,
+       row_number() OVER (
+           PARTITION BY d.group_id ORDER BY CAST(i.width AS BIGINT) * i.height DESC, q.sharpness DESC, d.subject_id
+       ) = 1 AS keeper
+FROM current_duplicates d
+LEFT JOIN images i ON i.image_id = d.subject_id
+LEFT JOIN current_quality q ON q.subject_id = d.subject_id
+WHERE d.group_id IN (SELECT group_id FROM current_duplicates GROUP BY group_id HAVING count(*) > 1);
+
+-- Words without case, punctuation and spacing: what is left is what two captions or instructions are compared by.
+CREATE OR REPLACE MACRO plain_words(words) AS trim(regexp_replace(lower(nfc_normalize(words)), '[^\p{L}\p{N}]+', ' ', 'g'));
 
 -- One row per caption that a record offers: the provider's own, and the captioner's where the provider's is absent or wrong.
 CREATE OR REPLACE VIEW t2i_records AS
@@ -70,7 +80,7 @@ WITH offered AS (
 SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, o.error,
        e.source_image_id, e.target_image_id AS image_id, e.instruction AS text, e.edit_type, e.route, e.parent_edit_id,
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
-       coalesce(d.group_id, e.source_image_id) AS group_id, a.pixel_hash AS source_pixels, b.pixel_hash AS target_pixels,
+       coalesce(d.group_id, e.source_image_id) AS group_id, coalesce(t.group_id, e.target_image_id) AS target_group_id, a.pixel_hash AS source_pixels, b.pixel_hash AS target_pixels,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
        s.mu AS reward, s.log_sigma AS reward_log_sigma
 FROM offered o
@@ -79,6 +89,7 @@ LEFT JOIN images i ON i.image_id = e.target_image_id
 LEFT JOIN current_quality a ON a.subject_id = e.source_image_id
 LEFT JOIN current_quality b ON b.subject_id = e.target_image_id
 LEFT JOIN current_duplicates d ON d.subject_id = e.source_image_id
+LEFT JOIN current_duplicates t ON t.subject_id = e.target_image_id
 LEFT JOIN current_verify_edit v ON v.subject_id = o.edit_id
 LEFT JOIN current_scores s ON s.subject_id = o.edit_id AND s.task = 'edit';
 

@@ -46,8 +46,8 @@ def pixel_hash(pixels: np.ndarray) -> str:
     """128-bit identity of uint8 [H, W, 3] in hex: XXH3 over the pixels, seeded with the shape.
 
     That two of 1e9 pictures meet by accident has a chance of 1e18 / 2^129 = 1.5e-21, and it costs a tenth of a sha256. XXH3
-    withstands accidents, not intent; the perceptual hash stands beside it wherever pixels are called equal (`duplicates`), so
-    that a forged pair is at most called the near-duplicate that it is.
+    withstands accidents, not intent: `Appearance.measures` therefore appends the perceptual hash, and whoever forges a pair
+    has made at most the near-duplicate for which it will be taken.
     """
     height, width = pixels.shape[:2]
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(pixels), seed=(width << 32) | height)
@@ -75,7 +75,8 @@ class Appearance:
         """The columns of `op_quality` for every image added, each of length N."""
         self._flush()
         columns = {name: np.concatenate([part[name] for part in self._done]) for name in self._done[0]} if self._done else {}
-        return {"pixel_hash": self._hashes, **columns}
+        names = [f"{pixels}{look:016x}" for pixels, look in zip(self._hashes, columns.get("phash", np.zeros(0)).tolist(), strict=True)]
+        return {"pixel_hash": names, **columns}
 
     def _flush(self) -> None:
         if not self._waiting:

@@ -3,7 +3,10 @@
 -- @candidates
 SELECT e.row_id, 'edit' AS task, e.image_id, e.source_image_id, e.text, e.edit_type, e.edited_fraction, e.edit_mask,
        CAST(1 AS FLOAT) AS weight, e.group_id, e.width, e.height, e.source_sharpness, e.matches,
-       row_number() OVER (PARTITION BY e.source_pixels, e.target_pixels, e.text ORDER BY e.row_id) AS copy
+       row_number() OVER (
+           PARTITION BY e.group_id, e.target_group_id, plain_words(e.text)
+           ORDER BY CAST(e.width AS BIGINT) * e.height DESC, e.source_sharpness DESC, e.row_id
+       ) AS copy
 FROM edit_records e
 WHERE e.route = 'exact' AND e.source_image_id IN (SELECT image_id FROM provenance WHERE list_contains($sources, source))
 

@@ -4,7 +4,9 @@
 SELECT row_id, 'generate' AS task, image_id, CAST(NULL AS VARCHAR) AS source_image_id, text, CAST(NULL AS VARCHAR) AS edit_type,
        CAST(NULL AS FLOAT) AS edited_fraction, CAST(NULL AS BLOB) AS edit_mask, CAST(1 AS FLOAT) AS weight, group_id,
        error, width, height, sharpness, in_language, matches,
-       row_number() OVER (PARTITION BY coalesce(group_id, row_id), style ORDER BY row_id) AS copy
+       row_number() OVER (
+           PARTITION BY coalesce(group_id, row_id), style ORDER BY CAST(width AS BIGINT) * height DESC, sharpness DESC, row_id
+       ) AS copy
 FROM t2i_records
 WHERE list_contains($sources, source)
 
