@@ -13,6 +13,16 @@ SELECT * FROM op_quality WHERE op_version = (SELECT op_version FROM current_vers
 CREATE OR REPLACE VIEW current_duplicates AS
 SELECT * FROM op_duplicates WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'duplicates');
 
+CREATE OR REPLACE VIEW current_semantic AS
+SELECT * FROM op_semantic WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'semantic');
+
+CREATE OR REPLACE VIEW current_contamination AS
+SELECT * FROM op_contamination WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'contamination');
+
+-- What the data shares with benchmarks, one row per image, caption or triplet that meets one.
+CREATE OR REPLACE VIEW contamination AS
+SELECT benchmark, entry, kind, distance, subject_id FROM current_contamination WHERE benchmark IS NOT NULL;
+
 CREATE OR REPLACE VIEW current_caption AS
 SELECT * FROM op_caption WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'caption');
 
@@ -59,6 +69,7 @@ SELECT o.row_id, o.record_id, o.style, o.caption_id, o.source, o.domain, o.shard
        q.sharpness, q.brightness, q.contrast, q.entropy_bits, q.colourfulness, q.clipped_fraction,
        coalesce(d.group_id, o.image_id) AS group_id,
        v.in_language, v.matches, v.reason,
+       coalesce(x.benchmark, y.benchmark) AS benchmark,
        s.mu AS reward, s.log_sigma AS reward_log_sigma
 FROM offered o
 LEFT JOIN images i ON i.image_id = o.image_id
@@ -66,6 +77,8 @@ LEFT JOIN captions c ON c.caption_id = o.caption_id
 LEFT JOIN current_quality q ON q.subject_id = o.image_id
 LEFT JOIN current_duplicates d ON d.subject_id = o.image_id
 LEFT JOIN current_verify_caption v ON v.subject_id = o.caption_id
+LEFT JOIN contamination x ON x.subject_id = o.image_id
+LEFT JOIN contamination y ON y.subject_id = o.caption_id
 LEFT JOIN current_scores s ON s.subject_id = o.caption_id AND s.task = 'generate';
 
 -- One row per edit triplet: those that sources bring, and those that exact operators made from photos.
@@ -82,6 +95,7 @@ SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, 
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
        coalesce(d.group_id, e.source_image_id) AS group_id, coalesce(t.group_id, e.target_image_id) AS target_group_id, a.pixel_hash AS source_pixels, b.pixel_hash AS target_pixels,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
+       coalesce(x.benchmark, y.benchmark, z.benchmark) AS benchmark,
        s.mu AS reward, s.log_sigma AS reward_log_sigma
 FROM offered o
 LEFT JOIN edits e ON e.edit_id = o.edit_id
@@ -91,6 +105,9 @@ LEFT JOIN current_quality b ON b.subject_id = e.target_image_id
 LEFT JOIN current_duplicates d ON d.subject_id = e.source_image_id
 LEFT JOIN current_duplicates t ON t.subject_id = e.target_image_id
 LEFT JOIN current_verify_edit v ON v.subject_id = o.edit_id
+LEFT JOIN contamination x ON x.subject_id = e.target_image_id
+LEFT JOIN contamination y ON y.subject_id = e.source_image_id
+LEFT JOIN contamination z ON z.subject_id = o.edit_id
 LEFT JOIN current_scores s ON s.subject_id = o.edit_id AND s.task = 'edit';
 
 -- For people: what the lake holds, without the rows that never became an image.

@@ -17,7 +17,7 @@ from flows.step import Edge, Step, StepContext, StepResult, step_id
 MEASURES = {
     "quality": ("quality", "duplicates"),
     "caption": ("edit", "caption"),
-    "verify": ("verify_caption", "verify_edit"),
+    "verify": ("verify_caption", "verify_edit", "contamination"),
 }
 """Which operators each measuring step runs."""
 
@@ -57,7 +57,11 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
         _measure_step(
             config, "caption", "quality", {"min_side_px": policy.min_side_px}, "Caption images and make edit triplets of photos."
         ),
-        _measure_step(config, "verify", "caption", {}, "Check captions and edits against the pixels."),
+        _measure_step(
+            config, "verify", "caption", {"benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
+            "Check captions and edits against the pixels, and everything against the benchmarks.",
+            external=lambda: {benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks},
+        ),
         Step(
             "score",
             _counts(
@@ -73,7 +77,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             "curate",
             lambda ctx: _curate(ctx, config),
             code,
-            spec={"policy": spec_of(policy)},
+            spec={"policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
             inputs=("score",),
             seed=config.seed,
             alone=VIEWS,
@@ -82,7 +86,9 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     ]
 
 
-def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str) -> Step:
+def _measure_step(
+    config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str, external: Callable[[], dict[str, str]] | None = None
+) -> Step:
     settings, operators = config.refresh, MEASURES[name]
     return Step(
         name,
@@ -90,6 +96,7 @@ def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str
         ("dreamlite_data.refresh",),
         spec={"operators": operators, **spec},
         inputs=(before,),
+        external=external,
         alone=VIEWS,
         about=about,
     )
@@ -187,6 +194,14 @@ def dataset_versions(ctx: StepContext, names: tuple[str, ...]) -> dict[str, int]
     """{name: version} of the curated datasets that this run trains on."""
     datasets = ctx.inputs["curate"].outputs["datasets"]
     return {name: datasets[name]["version"] for name in names}
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file's content, or of a folder as `folder_digest` takes it."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return folder_digest(path)
 
 
 def folder_digest(folder: Path) -> str:

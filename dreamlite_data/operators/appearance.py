@@ -238,16 +238,17 @@ def _around(cells: np.ndarray, pick: np.ufunc) -> np.ndarray:
 def _exposure(histogram: np.ndarray) -> dict[str, np.ndarray]:
     """What the luma histogram [N, 256] tells: mean and spread in [0, 1], entropy in bits, and the shares of pixels that are
     dark, light, and without any detail because they lie at an end of the scale."""
-    share = histogram / histogram.sum(1, keepdims=True)
-    levels = np.arange(256) / 255
-    brightness = share @ levels
+    count = histogram.sum(1)
+    share = histogram / count[:, None]
+    levels = np.arange(256)
+    mean, square = histogram @ levels / count, histogram @ levels**2 / count  # whole numbers: exact in any order
     return {
-        "brightness": brightness,
-        "contrast": np.sqrt(np.maximum(0, share @ levels**2 - brightness**2)),
+        "brightness": mean / 255,
+        "contrast": np.sqrt(np.maximum(0, square - mean**2)) / 255,
         "entropy_bits": -(share * np.log2(np.where(share > 0, share, 1))).sum(1) + 0.0,
-        "dark_fraction": share[:, :DARK_LEVEL].sum(1),
-        "light_fraction": share[:, LIGHT_LEVEL + 1 :].sum(1),
-        "clipped_fraction": share[:, :CLIPPED_LEVELS].sum(1) + share[:, -CLIPPED_LEVELS:].sum(1),
+        "dark_fraction": histogram[:, :DARK_LEVEL].sum(1) / count,
+        "light_fraction": histogram[:, LIGHT_LEVEL + 1 :].sum(1) / count,
+        "clipped_fraction": (histogram[:, :CLIPPED_LEVELS].sum(1) + histogram[:, -CLIPPED_LEVELS:].sum(1)) / count,
     }
 
 

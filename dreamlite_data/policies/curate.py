@@ -33,7 +33,8 @@ class CurationError(RuntimeError):
 
 def curate(lake: Lake, parameters: dict[str, Any], datasets: tuple[str, ...] = DATASETS) -> list[dict[str, Any]]:
     """Make the current version of each dataset that has candidates; returns name, version, rows, digest of each.
-    `parameters` are the policy settings and `sources`, `seed`; `allow_unanimous` lists rules that may be unanimous."""
+    `parameters` are the policy settings and `sources`, `seed`, `benchmarks` (names); `allow_unanimous` lists rules that may be unanimous."""
+    parameters = {"benchmarks": (), **parameters}
     made: dict[str, dict[str, Any]] = {}
     for name in datasets:
         parents = DRAWN_FROM.get(name, ())

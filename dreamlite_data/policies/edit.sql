@@ -2,7 +2,7 @@
 
 -- @candidates
 SELECT row_id, 'edit' AS task, image_id, source_image_id, text, edit_type, edited_fraction, edit_mask, CAST(1 AS FLOAT) AS weight,
-       group_id, error, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
+       group_id, error, benchmark, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
        row_number() OVER (
            PARTITION BY coalesce(group_id, row_id), coalesce(target_group_id, row_id), plain_words(text)
            ORDER BY CAST(width AS BIGINT) * height DESC, least(source_sharpness, target_sharpness) DESC, row_id
@@ -15,6 +15,9 @@ error IS NULL
 
 -- @rule unique_triplet
 copy = 1
+
+-- @rule not_in_benchmark when=benchmarks allow=pass_all
+benchmark IS NULL
 
 -- @rule large_enough margin allow=pass_all
 least(width, height) - $min_side_px
