@@ -80,7 +80,7 @@ def _vectors(lake: Lake, subjects: pa.Table, embed_version: str) -> pa.Table:
 
 def _known_vectors(lake: Lake, version: str, embed_version: str, cells: list[int]) -> pa.Table:
     return lake.query(
-        "SELECT s.group_id, e.vector FROM op_semantic s JOIN op_embed e ON e.subject_id = s.subject_id AND e.op_version = $embed "
+        "SELECT s.group_id, s.cluster, e.vector FROM op_semantic s JOIN op_embed e ON e.subject_id = s.subject_id AND e.op_version = $embed "
         "WHERE s.op_version = $version AND list_contains($cells, s.cluster) ORDER BY s.subject_id",
         {"embed": embed_version, "version": version, "cells": cells},
     )

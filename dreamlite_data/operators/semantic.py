@@ -18,10 +18,11 @@ FIT_ROWS = 65_536
 FIT_SEED = 0
 MAX_CELLS_PER_ROW = 4
 BLOCK_ROWS = 2048
-KNOWN_ROWS_AT_ONCE = 65_536
+CELLS_AT_ONCE = 64
+"""Cells whose history is in memory together: of a million rows in a thousand cells, 64 thousand vectors."""
 
 KnownRows = Callable[[list[int]], pa.Table]
-"""Rows of the history whose home is one of these cells: group_id and vector."""
+"""Rows of the history whose home is one of these cells: group_id, cluster and vector."""
 
 
 class Semantic:
@@ -97,15 +98,17 @@ class Semantic:
     ) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         """Names of the groups that new rows meet, sorted; per row the number of the nearest one's (NONE) and its distance."""
         rows, groups, distances = [np.zeros(0, np.int64)], [], [np.zeros(0)]
-        for cell, visitors in guests.items():
-            history = known_rows([cell])
+        cells = list(guests)
+        for start in range(0, len(cells), CELLS_AT_ONCE):
+            history = known_rows(cells[start : start + CELLS_AT_ONCE])
             if not len(history):
                 continue
-            known_vectors = unit_vectors(history["vector"])
-            for one, other, far in self._alike(vectors, visitors, known_vectors, np.arange(len(history))):
-                rows.append(one)
-                groups.append(history["group_id"].take(pa.array(other)).combine_chunks())
-                distances.append(far)
+            known_vectors, home = unit_vectors(history["vector"]), history["cluster"].to_numpy()
+            for cell in np.unique(home).tolist():
+                for one, other, far in self._alike(vectors, guests[cell], known_vectors, np.flatnonzero(home == cell)):
+                    rows.append(one)
+                    groups.append(history["group_id"].take(pa.array(other)).combine_chunks())
+                    distances.append(far)
         met = pa.concat_arrays([pa.array([], pa.string()), *groups])
         names = pc.unique(met).sort()
         number, row, far = pc.index_in(met, value_set=names).to_numpy(), np.concatenate(rows), np.concatenate(distances)
