@@ -36,7 +36,7 @@ __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "
 
 MEASURES = ("quality", "duplicates", "edit", "caption", "verify_caption", "verify_edit", "contamination", "semantic")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""
-GROUPS = {"quality": ("quality", "duplicates"), "verify": ("verify_caption", "verify_edit", "contamination")}
+GROUPS = {"quality": ("quality", "duplicates"), "verify": ("verify_caption", "verify_edit", "contamination", "semantic")}
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

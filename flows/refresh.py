@@ -17,7 +17,7 @@ from flows.step import Edge, Step, StepContext, StepResult, step_id
 MEASURES = {
     "quality": ("quality", "duplicates"),
     "caption": ("edit", "caption"),
-    "verify": ("verify_caption", "verify_edit", "contamination"),
+    "verify": ("verify_caption", "verify_edit", "contamination", "semantic"),
 }
 """Which operators each measuring step runs."""
 
@@ -58,7 +58,8 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             config, "caption", "quality", {"min_side_px": policy.min_side_px}, "Caption images and make edit triplets of photos."
         ),
         _measure_step(
-            config, "verify", "caption", {"benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
+            config, "verify", "caption",
+            {"benchmarks": [benchmark.name for benchmark in settings.benchmarks], "semantic": spec_of(settings.semantic)},
             "Check captions and edits against the pixels, and everything against the benchmarks.",
             external=lambda: {benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks},
         ),
