@@ -14,14 +14,14 @@ SAMPLE_PX = 96 * 96
 """Statistics of values come from at most so many pixels on a regular grid. Pixels are picked, not averaged, for means would
 narrow the histogram. 9216 draws bias the entropy of 256 levels by 255 / (2 ln 2 * 9216) = 0.02 bits (Miller, 1955)."""
 TILE_PX = 64
-TILES = 4
+TILES = 3
 """Sharpness is judged at full resolution in the tiles with the steepest steps; an image of 64 x 64 px is one tile."""
 CELL_PX = 4
 STEEPEST_SHARE = 0.02
 STRONG_SHARE = 0.4
 HASH_SIDE_PX = 32
 HASH_FREQUENCIES = 8
-HASH_ROWS_PER_CELL = 4
+HASH_ROWS_PER_CELL = 8
 DARK_LEVEL, LIGHT_LEVEL = 32, 223
 CLIPPED_LEVELS = 2
 BATCH = 16
@@ -65,8 +65,8 @@ class Appearance:
         """Take uint8 [H, W, 3]. Raises TooSmall below 2 x 2 px."""
         if min(pixels.shape[:2]) < 2:
             raise TooSmall(f"{pixels.shape[1]} x {pixels.shape[0]} px is too small to measure")
-        luma, histogram, moments = _values(pixels)
-        self._waiting.append((histogram, moments, cell_means(pixels), tiles(pixels, luma)))
+        sample = sample_of(pixels)
+        self._waiting.append((sample.reshape(3, -1), cell_means(pixels), tiles(pixels, sample[1])))
         self._hashes.append(pixel_hash(pixels))
         if len(self._waiting) == BATCH:
             self._flush()
@@ -81,41 +81,27 @@ class Appearance:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        histograms, moments, means, tile_stacks = zip(*self._waiting, strict=True)
+        samples, means, tile_stacks = zip(*self._waiting, strict=True)
         self._waiting = []
-        self._done.append({
-            "phash": phash(np.stack(means)),
-            "sharpness": _sharpness_of_all(tile_stacks),
-            **_exposure(np.stack(histograms)),
-            "colourfulness": _colourfulness(np.stack(moments)),
-        })  # fmt: skip
+        self._done.append({"phash": phash(np.stack(means)), "sharpness": _sharpness_of_all(tile_stacks), **values(samples)})
 
 
 # --- samples of one image ----------------------------------------------------------------------------------------------
 
 
-def _values(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Luma on the sample grid as uint8 [h, w], its histogram [256], and the sums that `_colourfulness` needs."""
+def sample_of(pixels: np.ndarray) -> np.ndarray:
+    """The pixels of the sample grid, uint8 [3, h, w], channel by channel so that what follows runs over whole lines."""
     height, width = pixels.shape[:2]
     step = max(1, math.ceil(math.sqrt(height * width / SAMPLE_PX)))
     grid = pixels[step // 2 :: step, step // 2 :: step]
-    planes = np.empty((3, *grid.shape[:2]), np.int16)  # channel by channel, so that what follows runs over whole lines
+    planes = np.empty((3, *grid.shape[:2]), np.uint8)
     for channel in range(3):
         planes[channel] = grid[..., channel]
-    red, green, blue = planes
-    wide = planes.view(np.uint16)
-    luma = wide[0] * LUMA_256[0] + wide[1] * LUMA_256[1] + wide[2] * LUMA_256[2]
-    luma = ((luma + 128) >> 8).astype(np.uint8)
-    red_green = (red - green).ravel().astype(np.float64)  # whole numbers below 2^53: sums are exact in any order
-    yellow_blue = (red + green - 2 * blue).ravel().astype(np.float64)
-    moments = np.array([
-        red_green.size, red_green.sum(), red_green @ red_green, yellow_blue.sum(), yellow_blue @ yellow_blue
-    ])  # fmt: skip
-    return luma, np.bincount(luma.ravel(), minlength=256), moments
+    return planes
 
 
-def tiles(pixels: np.ndarray, luma: np.ndarray) -> np.ndarray:
-    """The up to TILES tiles with the steepest steps of the sampled `luma`: uint8 [TILE_PX, T * 3, TILE_PX], lines first and
+def tiles(pixels: np.ndarray, green: np.ndarray) -> np.ndarray:
+    """The up to TILES tiles with the steepest steps of the sampled `green`: uint8 [TILE_PX, T * 3, TILE_PX], lines first and
     then the planes of each tile, so that work on lines runs through memory. An image that is smaller than a tile is
     continued by its border pixels."""
     height, width = pixels.shape[:2]
@@ -126,9 +112,9 @@ def tiles(pixels: np.ndarray, luma: np.ndarray) -> np.ndarray:
     down, across = max(1, round(height / TILE_PX)), max(1, round(width / TILE_PX))
     places = range(down * across)
     if len(places) > TILES:
-        steps = _steps(luma)
-        lines = np.maximum.reduceat(steps, np.arange(across) * luma.shape[1] // across, axis=1)
-        steepest = np.maximum.reduceat(lines, np.arange(down) * luma.shape[0] // down, axis=0)
+        steps = _steps(green)
+        lines = np.maximum.reduceat(steps, np.arange(across) * green.shape[1] // across, axis=1)
+        steepest = np.maximum.reduceat(lines, np.arange(down) * green.shape[0] // down, axis=0)
         places = sorted(np.argsort(255 - steepest.ravel(), kind="stable")[:TILES].tolist())
     found = np.empty((len(places), TILE_PX, TILE_PX, 3), np.uint8)
     for tile, place in zip(found, places, strict=True):
@@ -235,6 +221,23 @@ def _around(cells: np.ndarray, pick: np.ufunc) -> np.ndarray:
     return pick(pick(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])
 
 
+def values(samples: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Exposure and colour of samples uint8 [3, n], each of its own n. Sums are of whole numbers: exact in any order."""
+    counts = np.array([sample.shape[1] for sample in samples])
+    starts = np.cumsum(counts) - counts
+    together = np.concatenate(samples, axis=1).astype(np.int16)
+    red, green, blue = together
+    wide = together.view(np.uint16)
+    luma = (wide[0] * LUMA_256[0] + wide[1] * LUMA_256[1] + wide[2] * LUMA_256[2] + 128) >> 8
+    image = np.repeat(np.arange(len(samples)) * 256, counts)
+    histogram = np.bincount(luma + image, minlength=256 * len(samples)).reshape(len(samples), 256)
+    sums = []
+    for difference in (red - green, red + green - 2 * blue):
+        square = difference.astype(np.int32) ** 2
+        sums += [np.add.reduceat(difference, starts, dtype=np.int64), np.add.reduceat(square, starts, dtype=np.int64)]
+    return {**_exposure(histogram), "colourfulness": _colourfulness(counts, *sums)}
+
+
 def _exposure(histogram: np.ndarray) -> dict[str, np.ndarray]:
     """What the luma histogram [N, 256] tells: mean and spread in [0, 1], entropy in bits, and the shares of pixels that are
     dark, light, and without any detail because they lie at an end of the scale."""
@@ -252,10 +255,11 @@ def _exposure(histogram: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _colourfulness(moments: np.ndarray) -> np.ndarray:
-    """The metric of Hasler and Suesstrunk (2003), eq. M3, from [N, 5]: count, sum and sum of squares of red - green, and of
-    twice the yellow-blue difference."""
-    size, red_green, red_green_squares, yellow_blue, yellow_blue_squares = moments.T
-    means = np.stack([red_green / size, yellow_blue / size / 2])
-    variances = np.stack([red_green_squares / size, yellow_blue_squares / size / 4]) - means**2
+def _colourfulness(
+    count: np.ndarray, red_green: np.ndarray, red_green_squares: np.ndarray, yellow_blue: np.ndarray, yellow_blue_squares: np.ndarray
+) -> np.ndarray:
+    """The metric of Hasler and Suesstrunk (2003), eq. M3, from the sums and sums of squares of red - green and of twice the
+    yellow-blue difference, each [N]."""
+    means = np.stack([red_green / count, yellow_blue / count / 2])
+    variances = np.stack([red_green_squares / count, yellow_blue_squares / count / 4]) - means**2
     return np.sqrt(np.maximum(0, variances).sum(0)) + 0.3 * np.hypot(*means)

@@ -85,10 +85,10 @@ def cut(lake: Lake, measurement: Measurement, subjects: pa.Table, version: str, 
     Raises LookupError where an image is referred to but not stored."""
     first = lake.query(f"DESCRIBE SELECT * FROM ({measurement.subjects})")["column_name"][0].as_py()
     for start in range(0, len(subjects), rows_per_task * TASKS_PER_QUERY):
-        some = subjects.slice(start, rows_per_task * TASKS_PER_QUERY)
-        some = some.append_column("at", pa.array(np.arange(len(some))))
+        portion = subjects.slice(start, rows_per_task * TASKS_PER_QUERY)
+        portion = portion.append_column("at", pa.array(np.arange(len(portion))))
         rows = lake.query(
-            f"SELECT s.* FROM ({measurement.subjects}) s JOIN some ON some.subject_id = s.{first} ORDER BY some.at", some=some
+            f"SELECT s.* FROM ({measurement.subjects}) s JOIN portion ON portion.subject_id = s.{first} ORDER BY portion.at", portion=portion
         )
         places = _places(lake, measurement, rows)
         for begin in range(0, len(rows), rows_per_task):
