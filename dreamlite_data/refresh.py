@@ -7,13 +7,13 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from dreamlite_data import sources
+from dreamlite_data import downloads, sources
 from dreamlite_data.comparisons import COMPARISONS
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
@@ -111,13 +111,7 @@ def source_list(lake: Lake, settings: RefreshSettings, seed: int | None = None) 
                 found.append(sources.WebDatasetSource(f"{world}_{part}", _folder(lake) / world / part, "scenes"))
     if settings.photos.enabled:
         found.append(sources.FolderSource(_photo_source(settings), _folder(lake) / _photo_source(settings), "photos"))
-    kinds: dict[str, Callable[..., sources.Source]] = {"folder": sources.FolderSource, "webdataset": sources.WebDatasetSource}
-    for extra in settings.extra_sources:
-        if not extra.path.is_dir():
-            raise FileNotFoundError(
-                f"the source {extra.name!r} has no folder at {extra.path}: correct refresh.extra_sources, or mount it. Nothing was withdrawn"
-            )
-        found.append(kinds[extra.kind](extra.name, extra.path, "other", extra.licence))
+    found += [sources.extra_source(extra, downloads.outcomes(lake)) for extra in settings.extra_sources]
     return found
 
 
@@ -133,18 +127,23 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
         version = op_version(operator)
         digests = DigestCache(_folder(lake) / "digests.json")
         listed = source_list(lake, settings)
+        fetched = downloads.fetch(lake, listed, settings.downloads)
         units = [unit for source in listed for unit in source.units(digests)]
         digests.save()
         names = [source.name for source in listed]
         known = lake.query(
-            "SELECT source, shard, digest, op_version FROM op_shard WHERE list_contains($names, source)", {"names": names}
+            "SELECT source, shard, digest, op_version, error FROM op_shard WHERE list_contains($names, source)", {"names": names}
         ).to_pylist()
         done = {(row["source"], row["shard"]): (row["digest"], row["op_version"]) for row in known}
-        fresh = [unit for unit in units if done.get((unit.source, unit.shard)) != (unit.digest, version)]
+        failed = {(row["source"], row["shard"]) for row in known if row["error"] is not None}
+        fresh = [
+            unit for unit in units
+            if done.get((unit.source, unit.shard)) != (unit.digest, version) or (unit.remote and (unit.source, unit.shard) in failed)
+        ]  # fmt: skip
         gone = sorted(set(done) - {(unit.source, unit.shard) for unit in units})
         if gone:
             lake.write(lambda connection: delete_records(connection, gone))
-        answer: dict[str, Any] = {"units": len(units), "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0}
+        answer: dict[str, Any] = {"units": len(units), "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0, **fetched}
         if fresh:
             tasks = _ingest_tasks(fresh, settings, version, str(lake.staging))
             with Progress("ingest", total=len(fresh), unit="units") as bar:
@@ -162,11 +161,11 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
 
 
 def _ingest_tasks(units: list[Unit], settings: RefreshSettings, version: str, staging: str) -> list[IngestTask]:
-    """A tar is a task; files of one folder are grouped, for a commit per file would take longer than the file."""
+    """A shard is a task; files of one folder are grouped, for a commit per file would take longer than the file."""
     groups: list[list[Unit]] = []
     for unit in units:
         last = groups[-1] if groups else None
-        if last and unit.kind == "file" and last[0].source == unit.source and len(last) < settings.ingest.folder_files_per_task:
+        if last and unit.grouped and last[0].source == unit.source and len(last) < settings.ingest.folder_files_per_task:
             last.append(unit)
         else:
             groups.append([unit])

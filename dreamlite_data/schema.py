@@ -16,16 +16,31 @@ def _schema(**fields: pa.DataType) -> pa.Schema:
 CONTENT: dict[str, pa.Schema] = {
     # image_id is the sha256 of `bytes`; the only table that holds image bytes.
     "images": _schema(image_id=ID, bytes=pa.binary(), mime=ID, width=pa.int32(), height=pa.int32(), size_bytes=pa.int64()),
-    # One row per place an image came from. `stored` is 'original' or 'normalised'; `role` is '', 'source' or 'target'.
+    # One row per place an image came from. `stored` is 'original' or 'normalised'; `role` is '', 'source',
+    # 'target', 'left' or 'right'; `origin` is the data set that the row was first published in.
     "provenance": _schema(
         image_id=ID, record_id=ID, role=ID, source=ID, shard=ID, source_key=ID, url=ID, licence=ID, caption_raw=pa.string(),
-        stored=ID, original_mime=ID, original_sha256=ID, notes=pa.string(), ingested_in=ID,
+        stored=ID, original_mime=ID, original_sha256=ID, notes=pa.string(), ingested_in=ID, origin=ID,
     ),
     "captions": _schema(caption_id=ID, image_id=ID, style=ID, text=pa.string(), captioner=ID, op_version=ID),
     "edits": _schema(
         edit_id=ID, source_image_id=ID, target_image_id=ID, instruction=pa.string(), edit_type=ID, route=ID, parent_edit_id=ID,
-        op_version=ID,
+        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(),
     ),
+    # Every wording of a triplet's instruction; form is 'short', 'long' or what a source calls it.
+    "instructions": _schema(
+        instruction_id=ID, edit_id=ID, form=ID, text=pa.string(), instructor=ID, prompt_id=ID, op_version=ID
+    ),
+    # Where an edit belongs, as a 1-bit PNG of the target's size; origin is the route or source that knows.
+    "edit_masks": _schema(edit_id=ID, mask_png=pa.binary(), mask_fraction=pa.float32(), origin=ID),
+    # Two results of one instruction, compared by people. Follow and quality keep the provider's own scale.
+    "preferences": _schema(
+        preference_id=ID, source_image_id=ID, left_image_id=ID, right_image_id=ID, instruction=pa.string(), edit_type=ID,
+        left_model=ID, right_model=ID, left_follow=pa.float32(), right_follow=pa.float32(), left_quality=pa.float32(),
+        right_quality=pa.float32(), vote=ID, origin=ID, licence=ID, record_id=ID, op_version=ID,
+    ),
+    # Numbers that came with a record: similarities, judges' scores. subject_id is the edit, preference or image they are about.
+    "provider_scores": _schema(subject_id=ID, record_id=ID, name=ID, value=pa.float64(), op_version=ID),
     "scores": _schema(
         subject_id=ID, op_version=ID, task=ID, scorer_id=ID, mu=pa.float32(), log_sigma=pa.float32(), error=pa.string()
     ),
@@ -35,6 +50,11 @@ OPERATORS: dict[str, pa.Schema] = {
     # One row per tar shard, or per file of a folder: what was read, and why a shard was quarantined.
     "op_shard": _schema(
         subject_id=ID, op_version=ID, source=ID, shard=ID, digest=ID, rows=pa.int64(), failed=pa.int64(), error=pa.string()
+    ),
+    # One row per URL of a list, fetched or not: subject_id is the URL; error is the reason, `permanent` that it is not asked again.
+    "op_download": _schema(
+        subject_id=ID, op_version=ID, status=pa.int32(), sha256=ID, size_bytes=pa.int64(), etag=ID, mime=ID, tries=pa.int32(),
+        permanent=pa.bool_(), error=pa.string(), detail=pa.string(),
     ),
     # One row per record of a source, good or bad.
     "op_ingest": _schema(
@@ -113,11 +133,14 @@ TRACKING: dict[str, pa.Schema] = {
 
 TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING}
 
-CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id"}
+CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
 """Tables in which a row is stored once however often a source brings it."""
 
 MEASURED_AT_INGEST = frozenset({"op_quality"})
 """Operator tables that ingest fills as well, for images that may come again: one row per subject and version."""
+
+RECORD_TABLES = ("provider_scores", "preferences")
+"""Tables whose rows belong to one record (record_id) and go when it is withdrawn or read again."""
 
 
 def conform(table: str, rows: pa.Table) -> pa.Table:

@@ -4,10 +4,11 @@ Every group refuses unknown keys and says which key was probably meant."""
 from __future__ import annotations
 
 import difflib
+import ipaddress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class StrictSettings(BaseModel):
@@ -46,13 +47,82 @@ class PhotosSettings(StrictSettings):
     edits_per_image: int = Field(3, ge=0)
 
 
+class DownloadSettings(StrictSettings):
+    """How URL lists are fetched: limits per file, politeness per host, what is never fetched, and how often failures are retried."""
+
+    max_file_mb: int = Field(32, ge=1)
+    timeout_s: float = Field(30.0, gt=0)
+    """For one file from its first byte sent to its last byte received, redirects included."""
+    max_redirects: int = Field(5, ge=0)
+    connections: int = Field(64, ge=1)
+    connections_per_host: int = Field(2, ge=1)
+    host_interval_s: float = Field(0.1, ge=0)
+    """Least time between the starts of two requests to one host."""
+    tries_per_run: int = Field(2, ge=1)
+    max_tries: int = Field(6, ge=1)
+    """A passing failure (a time-out, a 5xx, a lost connection) is asked again until this many tries; never after."""
+    retry_pause_s: float = Field(5.0, ge=0)
+    retry_permanent: bool = False
+    """Ask again for what failed for good (a 404, an opt-out, a file over the limit) too."""
+    opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """Directives of the X-Robots-Tag header under which a file is not kept."""
+    private_networks: tuple[str, ...] = ()
+    """Networks ("10.1.0.0/16") that may be reached although they are loopback, private, link-local or otherwise not of the internet."""
+    user_agent: str = Field("dreamlite-pipeline", min_length=1)
+
+    @field_validator("private_networks")
+    @classmethod
+    def _check_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            ipaddress.ip_network(value)  # its message names the value and what is wrong with it
+        return values
+
+
 class ExtraSource(StrictSettings):
-    """A source of the user's own: an image folder with .txt sidecars, or a folder of WebDataset shards."""
+    """A source of the user's own. `kind` says how rows lie there: 'folder' (images with .txt sidecars), 'webdataset' (tar shards),
+    'parquet', 'huggingface' (a hub id or a local folder), 'jsonl' (a table of image paths or URLs), 'sample_folders' (a folder per
+    sample), 'url_list' (a list to download). `mapping` names what its columns mean: a packaged mapping, or a YAML file."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
-    kind: Literal["folder", "webdataset"]
+    kind: Literal["folder", "webdataset", "parquet", "huggingface", "jsonl", "sample_folders", "url_list"]
     path: Path
+    """Folder or file; for 'huggingface' also a hub id (owner/name)."""
     licence: str | None = None
+    origin: str | None = None
+    mapping: str | None = None
+    image_root: Path | None = None
+    """Where image paths inside a table start; by default the folder of the table. Nothing outside is read."""
+    limit_rows: int | None = Field(None, ge=1)
+    rows_per_unit: int = Field(256, ge=1)
+    """Rows that are read, withdrawn and read again together, where a file holds many."""
+    unit_mb: int = Field(256, ge=1)
+    """A Parquet file larger than this is read as several units of whole row groups, so that memory stays flat."""
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    TAKES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "folder": (),
+        "webdataset": ("mapping",),
+        "parquet": ("mapping", "image_root", "limit_rows", "rows_per_unit", "unit_mb"),
+        "huggingface": ("mapping", "image_root", "limit_rows", "rows_per_unit", "unit_mb", "config", "split", "revision"),
+        "jsonl": ("mapping", "image_root", "limit_rows", "rows_per_unit"),
+        "sample_folders": ("mapping", "limit_rows"),
+        "url_list": ("limit_rows",),
+    }
+    """Which settings a kind of source takes besides name, kind, path, licence and origin."""
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> ExtraSource:
+        takes = self.TAKES[self.kind]
+        unfit = sorted(self.model_fields_set - {"name", "kind", "path", "licence", "origin", *takes})
+        unfit = [name for name in unfit if getattr(self, name) != type(self).model_fields[name].default]
+        if unfit:
+            kinds = [kind for kind, names in self.TAKES.items() if unfit[0] in names]
+            raise ValueError(f"source {self.name!r} of kind {self.kind!r} takes no {unfit[0]}: that is for kind {' or '.join(kinds)}")
+        if self.kind in ("jsonl", "sample_folders") and self.mapping is None:
+            raise ValueError(f"source {self.name!r} of kind {self.kind!r} needs a mapping: name one, or give the path of a YAML file")
+        return self
 
 
 class IngestSettings(StrictSettings):
@@ -106,6 +176,7 @@ class RefreshSettings(StrictSettings):
     scenes: ScenesSettings = ScenesSettings()
     photos: PhotosSettings = PhotosSettings()
     extra_sources: tuple[ExtraSource, ...] = ()
+    downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()
     semantic: SemanticSettings = SemanticSettings()
     benchmarks: tuple[Benchmark, ...] = ()

@@ -166,3 +166,10 @@ UNION ALL
 SELECT 'image', r.source_image_id, n.depth + 1, 'source', n.id
 FROM nodes n JOIN dataset_rows r ON n.kind = 'dataset' AND n.id = r.name || '@' || r.version
 WHERE r.source_image_id IS NOT NULL;
+
+-- Edits that follow each other, as providers of multi-turn sets bring them.
+CREATE OR REPLACE VIEW sessions AS
+SELECT e.session_id, e.turn, e.edit_id, e.source_image_id, e.target_image_id, e.instruction, e.edit_type
+FROM edits e
+WHERE e.session_id IS NOT NULL AND e.edit_id IN (SELECT edit_id FROM current_ingest)
+ORDER BY e.session_id, e.turn;

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import trainers
-from dreamlite_data.settings import RefreshSettings
+from dreamlite_data.settings import ExtraSource, RefreshSettings
 from flows.config import PipelineConfig
-from flows.key import spec_of
+from flows.key import digest, spec_of
 from flows.step import Edge, Step, StepContext, StepResult, step_id
 
 MEASURES = {
@@ -33,6 +34,8 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
+    fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
+    downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}
     return [
         components_step(config),
         Step(
@@ -47,9 +50,9 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             "ingest",
             _counts(lambda ctx: _with_executor(settings, lambda executor: _data().ingest(ctx.lake, settings, executor))),
             code,
-            spec={"ingest": spec_of(settings.ingest), "extra_sources": extra},
+            spec={"ingest": spec_of(settings.ingest), "extra_sources": extra, **downloads},
             inputs=("sources",),
-            external=lambda: {source.name: folder_digest(source.path) for source in settings.extra_sources},
+            external=lambda: {source.name: source_digest(source) for source in settings.extra_sources},
             alone=VIEWS,
             about="Read every source once, each bad record with its reason.",
         ),
@@ -203,6 +206,28 @@ def content_digest(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     return folder_digest(path)
+
+
+def source_digest(source: ExtraSource) -> str:
+    """What a source of the user's own holds now, so far as can be said without reading it: the content of its files and mapping, or of
+    a hub dataset the commit that its revision stands for. Where URLs are fetched, a failure may have passed by tomorrow: then each
+    day looks again, which asks only what is pending."""
+    if source.kind in ("folder", "webdataset") and source.mapping is None:
+        return folder_digest(source.path)
+    from dreamlite_data.sources.extra import hub_commit, identity
+
+    parts = [identity(source)]
+    if source.path.is_file():
+        parts.append(content_digest(source.path))
+    elif source.kind == "huggingface" and not source.path.exists():
+        parts.append(hub_commit(source))
+    else:
+        parts.append(folder_digest(source.path))
+    if source.image_root is not None:
+        parts.append(folder_digest(source.image_root))
+    if source.kind == "url_list":
+        parts.append(datetime.now(UTC).date().isoformat())
+    return digest(parts)
 
 
 def folder_digest(folder: Path) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dreamlite_data import images, schema, sources
+from dreamlite_data.operators import ingest_rows
 from dreamlite_data.operators.appearance import Appearance
 from dreamlite_data.operators.base import Written, op_version, stamp, write_table
 from dreamlite_data.operators.quality import Quality, quality_rows, said
@@ -29,6 +30,10 @@ def caption_id(image_id: str, style: str, text: str) -> str:
 def edit_id(source_image_id: str, target_image_id: str, instruction: str) -> str:
     """Id of a triplet."""
     return hashlib.sha256(f"{source_image_id}\0{target_image_id}\0{instruction}".encode()).hexdigest()
+
+
+TABLES = ("images", "provenance", "captions", "edits", *ingest_rows.SIDE_TABLES, "op_ingest", "op_shard")
+"""What one task writes, a file each."""
 
 
 class Ingest:
@@ -115,7 +120,7 @@ def ingest_task(task: IngestTask) -> Written:
     """Runs on a worker: read the units, normalise their images, write one Parquet file per table."""
     operator = Ingest(task.settings)
     looks: list[pa.Table] = []
-    rows: dict[str, list[dict]] = {name: [] for name in ("images", "provenance", "captions", "edits", "op_ingest", "op_shard")}
+    rows: dict[str, list[dict]] = {name: [] for name in TABLES}
     for unit in task.units:
         shard = {"subject_id": f"{unit.source}/{unit.shard}", "source": unit.source, "shard": unit.shard, "digest": unit.digest}
         try:
@@ -164,12 +169,12 @@ def _ingest_records(
                 record.error = result["error"]
                 record.detail = f"{role or 'image'}: {result['detail']}"
         failed += record.error is not None
-        _add_rows(unit, record, images_of_record, rows)
+        _add_rows(unit, record, images_of_record, rows, operator.settings)
     return failed
 
 
-def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str, list[dict]]) -> None:
-    record_id = f"{unit.source}/{unit.shard}/{record.key}" if unit.kind == "tar" else f"{unit.source}/{record.key}"
+def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str, list[dict]], limits: IngestSettings) -> None:
+    record_id = f"{unit.source}/{record.key}" if unit.small else f"{unit.source}/{unit.shard}/{record.key}"
     entry: dict[str, Any] = {
         "subject_id": record_id, "source": unit.source, "domain": unit.domain, "shard": unit.shard, "source_key": record.key,
         "task": record.task, "shard_digest": unit.digest, "error": record.error, "detail": record.detail,
@@ -187,10 +192,14 @@ def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str
         rows["provenance"].append({
             "image_id": result["image_id"], "record_id": record_id, "role": role, "source": unit.source, "shard": unit.shard,
             "source_key": record.key, "url": _text(record.metadata.get("url")),
-            "licence": _text(record.metadata.get("licence")) or unit.licence, "caption_raw": record.caption if role != "source" else None,
+            "licence": ingest_rows.licence_of(unit, record), "caption_raw": record.caption if role != "source" else None,
             "stored": result["stored"], "original_mime": result["original_mime"], "original_sha256": result["original_sha256"],
-            "notes": result["notes"], "ingested_in": unit.digest,
+            "notes": result["notes"], "ingested_in": unit.digest, "origin": ingest_rows.origin_of(unit, record),
         })  # fmt: skip
+    if record.task == "preference":
+        entry["source_image_id"] = found["source"]["image_id"]
+        ingest_rows.add_scores(record, record_id, ingest_rows.add_preference(unit, record, record_id, found, rows), rows)
+        return
     if record.task == "edit":
         source, target = found["source"]["image_id"], found["target"]["image_id"]
         words = record.metadata["instruction"].strip()
@@ -198,8 +207,14 @@ def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str
         rows["edits"].append({
             "edit_id": entry["edit_id"], "source_image_id": source, "target_image_id": target, "instruction": words,
             "edit_type": _text(record.metadata.get("edit_type")), "route": "provider",
-            "parent_edit_id": _text(record.metadata.get("parent_edit_id")),
+            "parent_edit_id": _parent(record, source, target), **ingest_rows.session_of(unit, record),
         })  # fmt: skip
+        size_px = (found["target"]["width"], found["target"]["height"])
+        note = ingest_rows.add_mask(record, entry["edit_id"], size_px, rows, limits)
+        entry["notes"] = "; ".join(filter(None, (entry["notes"], note))) or None
+        ingest_rows.add_wordings(record, entry["edit_id"], rows)
+        ingest_rows.add_captions(record, found, caption_id, rows)
+        ingest_rows.add_scores(record, record_id, entry["edit_id"], rows)
         return
     entry["image_id"] = found[""]["image_id"]
     if record.caption is not None:
@@ -208,6 +223,13 @@ def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str
             "caption_id": entry["caption_id"], "image_id": entry["image_id"], "style": "provider", "text": record.caption,
             "captioner": "provider",
         })  # fmt: skip
+    ingest_rows.add_scores(record, record_id, entry["image_id"], rows)
+
+
+def _parent(record: Record, source: str, target: str) -> str | None:
+    """The edit that this one undoes, where the record says in which words; else the one that the provider names."""
+    forward = _text(record.metadata.get("inverse_of"))
+    return edit_id(target, source, forward) if forward else _text(record.metadata.get("parent_edit_id"))
 
 
 def _text(value: Any) -> str | None:

@@ -136,10 +136,15 @@ def commit(lake: Lake, written: Written, withdraw: list[tuple[str, str]] | None 
 
 def delete_records(connection: Any, shards: list[tuple[str, str]]) -> None:
     """Take the records of these (source, shard) out of the current state; earlier snapshots keep them."""
-    for table in ("op_ingest", "provenance", "op_shard") if shards else ():
-        connection.register("gone", pa.table({"source": [source for source, _ in shards], "shard": [shard for _, shard in shards]}))
-        connection.execute(f"DELETE FROM {table} WHERE (source, shard) IN (SELECT source, shard FROM gone)")
-        connection.unregister("gone")
+    if not shards:
+        return
+    connection.register("gone", pa.table({"source": [source for source, _ in shards], "shard": [shard for _, shard in shards]}))
+    of_gone = "(source, shard) IN (SELECT source, shard FROM gone)"
+    for table in schema.RECORD_TABLES:
+        connection.execute(f"DELETE FROM {table} WHERE record_id IN (SELECT subject_id FROM op_ingest WHERE {of_gone})")
+    for table in ("op_ingest", "provenance", "op_shard"):
+        connection.execute(f"DELETE FROM {table} WHERE {of_gone}")
+    connection.unregister("gone")
 
 
 def _without_known(lake: Lake, table: str, path: Path) -> Path | None:

@@ -23,6 +23,7 @@ class FolderSource:
     path: Path
     domain: str = "other"
     licence: str | None = None
+    origin: str | None = None
 
     def units(self, digests: DigestCache) -> Iterator[Unit]:
         """One unit per image, named by its relative path; a sidecar without an image is a unit of its own."""
@@ -41,7 +42,7 @@ class FolderSource:
                 yield Unit(
                     source=self.name, domain=self.domain, shard=shard, path=str(file),
                     digest=hashlib.sha256("".join(parts).encode()).hexdigest(), kind="file", size_bytes=file.stat().st_size,
-                    licence=self.licence, sidecars=tuple(str(item) for item in beside),
+                    licence=self.licence, origin=self.origin, sidecars=tuple(str(item) for item in beside),
                 )  # fmt: skip
 
 

@@ -1,0 +1,147 @@
+"""Fetch what sources name by URL and keep the outcome of each URL in the lake: the bytes below files/downloads, a row in op_download.
+Pending is what no row speaks for: a URL is fetched once, passing failures a limited number of times, failures for good never again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from dreamlite_data import schema
+from dreamlite_data.lake import Lake, insert
+from dreamlite_data.operators.run import make_current
+from dreamlite_data.progress import Progress
+from dreamlite_data.settings import DownloadSettings
+from dreamlite_data.sources.outcome import Job, Outcome, place
+
+COMMIT_S = 5.0
+"""Outcomes are committed at least this often while they come: what a kill can cost is the asking, for stored bytes are not lost."""
+OUTCOME_FIELDS = ("max_file_mb", "timeout_s", "max_redirects", "opt_out", "private_networks", "user_agent")
+"""Settings that can turn a failure into a success; how fast and how often URLs are asked cannot."""
+
+
+class UrlSource(Protocol):
+    """A source that names files by URL."""
+
+    name: str
+
+    def urls(self) -> Iterator[tuple[str, str | None]]: ...
+
+
+def folder(lake: Lake) -> Path:
+    """Where downloaded bytes lie, each file under its sha256."""
+    return lake.files / "downloads"
+
+
+def version_of(settings: DownloadSettings) -> str:
+    """Version of the rows that these settings write."""
+    config = json.dumps(_config(settings), sort_keys=True)
+    return f"download-1-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
+
+
+def _config(settings: DownloadSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", include=set(OUTCOME_FIELDS))
+
+
+def fetch(lake: Lake, sources: Iterable[Any], settings: DownloadSettings) -> dict[str, int]:
+    """Fetch the pending URLs of those sources that have any. Returns how many were named, asked, and how many of these failed."""
+    wanted: dict[str, str | None] = {}
+    for source in sources:
+        if hasattr(source, "urls"):
+            for url, sha256 in source.urls():
+                wanted[url] = wanted.get(url) or sha256
+    if not wanted:
+        return {}
+    version = version_of(settings)
+    jobs = pending(lake, wanted, settings)
+    failed = 0
+    if jobs:
+        from dreamlite_data.sources.download import download  # loading the HTTP library takes longer than a look that finds nothing
+
+        with Progress("download", total=len(jobs), unit="urls") as bar:
+            for outcomes in _in_groups(download(jobs, settings, folder(lake)), COMMIT_S):
+                _commit(lake, outcomes, version)
+                failed += sum(outcome.error is not None for outcome in outcomes)
+                bar.advance(len(outcomes), failed=failed)
+    make_current(lake, "download", version, _config(settings))
+    return {"urls": len(wanted), "asked": len(jobs), "download_failed": failed}
+
+
+def pending(lake: Lake, wanted: Mapping[str, str | None], settings: DownloadSettings) -> list[Job]:
+    """The URLs that have to be asked, in the order in which they were named."""
+    version = version_of(settings)
+    known = _rows(lake, list(wanted))
+    jobs = []
+    for url, sha256 in wanted.items():
+        row = known.get(url)
+        if row is None:
+            jobs.append(Job(url, sha256))
+        elif row["error"] is None:
+            if (sha256 is not None and row["sha256"] != sha256.lower()) or not place(folder(lake), row["sha256"]).is_file():
+                jobs.append(Job(url, sha256))
+        elif row["op_version"] != version:
+            jobs.append(Job(url, sha256))
+        elif settings.retry_permanent if row["permanent"] else row["tries"] < settings.max_tries:
+            jobs.append(Job(url, sha256, row["tries"]))
+    return jobs
+
+
+def outcomes(lake: Lake) -> Callable[[list[str]], dict[str, str]]:
+    """A function from URLs to what became of them: the path of the file, or 'error:<reason>:<detail>'. It knows what the lake knows
+    when it is called."""
+    return functools.partial(_outcomes, lake)
+
+
+def _outcomes(lake: Lake, urls: list[str]) -> dict[str, str]:
+    return {
+        url: str(place(folder(lake), row["sha256"])) if row["error"] is None else f"error:{row['error']}:{row['detail']}"
+        for url, row in _rows(lake, urls).items()
+    }
+
+
+def _rows(lake: Lake, urls: list[str]) -> dict[str, dict[str, Any]]:
+    if not urls:
+        return {}
+    found = lake.query(
+        "SELECT d.* FROM op_download d SEMI JOIN wanted w ON w.url = d.subject_id", wanted=pa.table({"url": pa.array(urls, pa.string())})
+    )
+    return {row["subject_id"]: row for row in found.to_pylist()}
+
+
+def _in_groups(found: Iterator[Outcome], every_s: float) -> Iterator[list[Outcome]]:
+    group: list[Outcome] = []
+    begun = time.monotonic()
+    for outcome in found:
+        group.append(outcome)
+        if time.monotonic() - begun >= every_s:
+            yield group
+            group, begun = [], time.monotonic()
+    if group:
+        yield group
+
+
+def _commit(lake: Lake, found: list[Outcome], version: str) -> None:
+    """One row per URL: the newest outcome takes the place of an earlier one."""
+    rows = [
+        {
+            "subject_id": outcome.url, "op_version": version, "status": outcome.status, "sha256": outcome.sha256,
+            "size_bytes": outcome.size_bytes, "etag": outcome.etag, "mime": outcome.mime, "tries": outcome.tries,
+            "permanent": outcome.permanent, "error": outcome.error, "detail": outcome.detail,
+        }
+        for outcome in sorted(found, key=lambda outcome: outcome.url)
+    ]  # fmt: skip
+    table = schema.rows_table("op_download", rows)
+
+    def body(connection: Any) -> None:
+        connection.register("asked", table.select(["subject_id"]))
+        connection.execute("DELETE FROM op_download WHERE subject_id IN (SELECT subject_id FROM asked)")
+        connection.unregister("asked")
+        insert(connection, {"op_download": table})
+
+    lake.write(body)

@@ -1,0 +1,63 @@
+"""The key of the ingest step follows what a user's sources hold: their files, their mapping, the commit of a hub dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dreamlite_data.settings import ExtraSource
+from dreamlite_data.sources import extra
+from flows.refresh import folder_digest, source_digest
+
+
+def _source(path: Path, **settings: object) -> ExtraSource:
+    return ExtraSource(name="own", path=path, **settings)
+
+
+def test_a_plain_folder_is_known_by_its_content_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"1")
+    assert source_digest(_source(tmp_path, kind="folder")) == folder_digest(tmp_path)
+
+
+def test_a_single_file_counts_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text("one")
+    source = _source(path, kind="jsonl", mapping="nhr_edit")
+    first = source_digest(source)
+    assert source_digest(source) == first
+    path.write_text("two")
+    assert source_digest(source) != first
+
+
+def test_another_text_of_the_mapping_and_other_images_count(tmp_path: Path) -> None:
+    mapping, images = tmp_path / "m.yaml", tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "x.jsonl").write_text("one")
+    text = "name: m\nlayouts: [jsonl]\ntask: generate\nimages: {image: file}\n"
+    mapping.write_text(text)
+    source = _source(tmp_path / "x.jsonl", kind="jsonl", mapping=str(mapping), image_root=images)
+    seen = [source_digest(source)]
+    mapping.write_text(text + "# only a comment\n")
+    assert source_digest(source) == seen[0]
+    mapping.write_text(text + "caption: words\n")
+    seen.append(source_digest(source))
+    (images / "a.png").write_bytes(b"1")
+    seen.append(source_digest(source))
+    mapping.write_text("name: [")
+    seen.append(source_digest(source))  # planning goes on: reading the source will say what is wrong
+    assert len(set(seen)) == 4
+
+
+def test_a_hub_dataset_is_known_by_its_name_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    commits = iter(["c1", "c1", "c2"])
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: type("Info", (), {"sha": next(commits)}))
+    source = _source(Path("owner/name"), kind="huggingface")
+    assert source_digest(source) == source_digest(source) != source_digest(source)
+    pinned = _source(Path("owner/name"), kind="huggingface", revision="a" * 40)
+    assert extra.hub_commit(pinned) == "a" * 40  # asks nobody
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: (_ for _ in ()).throw(ConnectionError("no network")))
+    assert extra.hub_commit(source) == "main"
+    assert source_digest(source) != source_digest(_source(Path("owner/other"), kind="huggingface"))
