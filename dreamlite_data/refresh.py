@@ -14,17 +14,17 @@ from typing import Any
 import pyarrow as pa
 
 from dreamlite_data import downloads, sources
+from dreamlite_data.comparisons import COMPARISONS
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
 from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
 from dreamlite_data.lake import Lake
-from dreamlite_data.operators.base import Operator, op_version
+from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.caption import Caption
-from dreamlite_data.operators.duplicates import Duplicates
 from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
-from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, pending
+from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending
 from dreamlite_data.operators.score import TASKS, Score, weights_digest
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
 from dreamlite_data.operators.verify_triplet import VerifyTriplet, triplet_subjects
@@ -37,9 +37,13 @@ from dreamlite_data.taxonomy import record_taxonomy
 
 __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
 
-MEASURES = ("quality", "duplicates", "edit", "caption", *INSPECTIONS, "verify_caption", "verify_edit")
+MEASURES = ("quality", "duplicates", "edit", "caption", *INSPECTIONS, "verify_caption", "verify_edit", "contamination", "semantic")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""
-GROUPS = {"quality": ("quality", "duplicates"), "inspect": INSPECTIONS, "verify": ("verify_caption", "verify_edit")}
+GROUPS = {
+    "quality": ("quality", "duplicates"),
+    "inspect": INSPECTIONS,
+    "verify": ("verify_caption", "verify_edit", "contamination", "semantic"),
+}
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -214,8 +218,8 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
 def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
     if name in INSPECTIONS:
         return inspect(lake, settings, executor, name)
-    if name == "duplicates":
-        return _group_duplicates(lake)
+    if name in COMPARISONS:
+        return COMPARISONS[name](lake, settings)
     return measure_pending(lake, _measurement(lake, settings, name), executor, settings.ingest.rows_per_task)
 
 
@@ -246,34 +250,6 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
         "JOIN current_caption b ON b.subject_id = e.target_image_id",
         {"target_bytes": "target_image_id", "source_bytes": "source_image_id"},
     )
-
-
-def _group_duplicates(lake: Lake) -> dict[str, int]:
-    operator_config = Duplicates.config()
-    columns = "q.subject_id, q.pixel_sha256, q.phash, least(i.width, i.height) AS min_side_px"
-    measured = "FROM current_quality q JOIN images i ON i.image_id = q.subject_id"
-    version = op_version(_Named(Duplicates, operator_config))
-    rows = pending(lake, f"SELECT {columns} {measured}", "op_duplicates", version)
-    if len(rows):
-        known = lake.query(
-            f"SELECT {columns}, d.group_id {measured} JOIN op_duplicates d ON d.subject_id = q.subject_id "
-            "WHERE d.op_version = $version AND d.group_id IS NOT NULL ORDER BY q.subject_id",
-            {"version": version},
-        )
-        found = Duplicates(known)(rows).drop_columns(["op_version"])
-        lake.append({"op_duplicates": found.append_column("op_version", pa.array([version] * len(found), pa.string()))})
-    make_current(lake, Duplicates.name, version, operator_config)
-    return {"rows": len(rows), "failed": 0}
-
-
-class _Named:
-    """Name, version and config of an operator that is not built yet, for `op_version`."""
-
-    def __init__(self, operator: type[Operator], config: dict[str, Any]) -> None:
-        self.name, self.version, self._config = operator.name, operator.version, config
-
-    def config(self) -> dict[str, Any]:
-        return self._config
 
 
 # --- score -----------------------------------------------------------------------------------------------------------
@@ -319,6 +295,7 @@ def policy_parameters(lake: Lake, settings: RefreshSettings, seed: int) -> dict[
     parameters = settings.policy.model_dump() | {
         "sources": [source.name for source in source_list(lake, settings, seed)],
         "seed": str(seed),
+        "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
     }
     if settings.scenes.fault_share == 0:
         parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find

@@ -61,13 +61,26 @@ OPERATORS: dict[str, pa.Schema] = {
         subject_id=ID, op_version=ID, source=ID, domain=ID, shard=ID, source_key=ID, task=ID, image_id=ID, source_image_id=ID,
         caption_id=ID, edit_id=ID, notes=pa.string(), error=pa.string(), detail=pa.string(), shard_digest=ID,
     ),
+    # pixel_hash: XXH3-128 of the decoded pixels; written by ingest from its own decode, by the operator for other images.
     "op_quality": _schema(
-        subject_id=ID, op_version=ID, pixel_sha256=ID, phash=pa.uint64(), sharpness=pa.float32(), laplacian_variance=pa.float32(),
-        brightness=pa.float32(), contrast=pa.float32(), entropy_bits=pa.float32(), colourfulness=pa.float32(),
-        clipped_fraction=pa.float32(), error=pa.string(),
+        subject_id=ID, op_version=ID, pixel_hash=ID, phash=pa.uint64(), sharpness=pa.float32(), brightness=pa.float32(),
+        contrast=pa.float32(), entropy_bits=pa.float32(), colourfulness=pa.float32(), dark_fraction=pa.float32(),
+        light_fraction=pa.float32(), clipped_fraction=pa.float32(), error=pa.string(),
     ),
-    # kind: 'first' (opens its group), 'pixels' (same pixels, other bytes), 'near' (pHash within the radius).
-    "op_duplicates": _schema(subject_id=ID, op_version=ID, group_id=ID, kind=ID, distance=pa.int32(), error=pa.string()),
+    # kind: 'first' (opens its group), 'pixels' (same pixels, other bytes), 'near' (pHash within the radius), 'linked' (near
+    # to a near one). pixel_hash and phash are repeated so that new rows meet the history in one scan; phash is null where
+    # the image is too small to be compared by it.
+    "op_duplicates": _schema(
+        subject_id=ID, op_version=ID, group_id=ID, kind=ID, distance=pa.int32(), pixel_hash=ID, phash=pa.uint64(), error=pa.string()
+    ),
+    # kind as in op_duplicates; similarity is the cosine to the nearest member that was there before, cluster its centroid.
+    "op_semantic": _schema(
+        subject_id=ID, op_version=ID, group_id=ID, kind=ID, similarity=pa.float32(), cluster=pa.int32(), error=pa.string()
+    ),
+    # One row per image, caption and triplet; benchmark is null where it meets none. distance in bits for kind 'near'.
+    "op_contamination": _schema(
+        subject_id=ID, op_version=ID, benchmark=ID, entry=pa.string(), kind=ID, distance=pa.int32(), error=pa.string()
+    ),
     # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
     "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
     "op_caption": _schema(
@@ -167,6 +180,9 @@ TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING, 
 
 CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
 """Tables in which a row is stored once however often a source brings it."""
+
+MEASURED_AT_INGEST = frozenset({"op_quality"})
+"""Operator tables that ingest fills as well, for images that may come again: one row per subject and version."""
 
 RECORD_TABLES = ("provider_scores", "preferences")
 """Tables whose rows belong to one record (record_id) and go when it is withdrawn or read again."""

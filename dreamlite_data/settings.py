@@ -179,6 +179,23 @@ class IngestSettings(StrictSettings):
     rows_per_task: int = Field(1024, ge=1)
 
 
+class Benchmark(StrictSettings):
+    """A benchmark that training data must not contain: a folder of its images (with .txt sidecars), or a .txt, .csv or .jsonl
+    file of hashes, texts and canary strings."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    path: Path
+
+
+class SemanticSettings(StrictSettings):
+    """Groups of images that mean the same, by their embeddings. `max_distance` is 1 - cosine; `cells` 0 chooses their number
+    by the number of images."""
+
+    enabled: bool = False
+    max_distance: float = Field(0.05, gt=0, lt=1)
+    cells: int = Field(0, ge=0)
+
+
 class PolicySettings(StrictSettings):
     """Thresholds that the policy files name as $parameters. Changing one costs a query, never a measurement."""
 
@@ -283,6 +300,8 @@ class RefreshSettings(StrictSettings):
     extra_sources: tuple[ExtraSource, ...] = ()
     downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()
+    semantic: SemanticSettings = SemanticSettings()
+    benchmarks: tuple[Benchmark, ...] = ()
     policy: PolicySettings = PolicySettings()
     captions: tuple[CaptionBackend, ...] = (CaptionBackend(),)
     embed: EmbedSettings = EmbedSettings()

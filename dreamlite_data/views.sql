@@ -13,6 +13,16 @@ SELECT * FROM op_quality WHERE op_version = (SELECT op_version FROM current_vers
 CREATE OR REPLACE VIEW current_duplicates AS
 SELECT * FROM op_duplicates WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'duplicates');
 
+CREATE OR REPLACE VIEW current_semantic AS
+SELECT * FROM op_semantic WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'semantic');
+
+CREATE OR REPLACE VIEW current_contamination AS
+SELECT * FROM op_contamination WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'contamination');
+
+-- What the data shares with benchmarks, one row per image, caption or triplet that meets one.
+CREATE OR REPLACE VIEW contamination AS
+SELECT benchmark, entry, kind, distance, subject_id FROM current_contamination WHERE benchmark IS NOT NULL;
+
 CREATE OR REPLACE VIEW current_caption AS
 SELECT * FROM op_caption WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'caption');
 
@@ -84,10 +94,20 @@ FROM weighed;
 
 CREATE OR REPLACE VIEW caption_choices AS SELECT * FROM caption_choices_at(25.0, 0.1);
 
+-- Groups of more than one image. The keeper has the most pixels, then the sharpest edges, then the lowest id; policies follow
+-- the same order, and among equal images the lowest row.
 CREATE OR REPLACE VIEW duplicates AS
-SELECT subject_id AS image_id, group_id, kind, distance
-FROM current_duplicates
-WHERE group_id IN (SELECT group_id FROM current_duplicates GROUP BY group_id HAVING count(*) > 1);
+SELECT d.subject_id AS image_id, d.group_id, d.kind, d.distance,
+       row_number() OVER (
+           PARTITION BY d.group_id ORDER BY CAST(i.width AS BIGINT) * i.height DESC, q.sharpness DESC, d.subject_id
+       ) = 1 AS keeper
+FROM current_duplicates d
+LEFT JOIN images i ON i.image_id = d.subject_id
+LEFT JOIN current_quality q ON q.subject_id = d.subject_id
+WHERE d.group_id IN (SELECT group_id FROM current_duplicates GROUP BY group_id HAVING count(*) > 1);
+
+-- Words without case, punctuation and spacing: what is left is what two captions or instructions are compared by.
+CREATE OR REPLACE MACRO plain_words(words) AS trim(regexp_replace(lower(nfc_normalize(words)), '[^\p{L}\p{N}]+', ' ', 'g'));
 
 -- One row per caption that a record offers: the provider's own, the scene reader's where the provider's is absent or wrong, and
 -- where neither has words the best of those that captioners wrote (by similarity; where that is not measured, the medium one).
@@ -124,6 +144,7 @@ SELECT o.row_id, o.record_id, o.style, o.caption_id, o.source, o.domain, o.shard
        q.sharpness, q.brightness, q.contrast, q.entropy_bits, q.colourfulness, q.clipped_fraction,
        coalesce(d.group_id, o.image_id) AS group_id,
        v.in_language, v.matches, v.reason,
+       coalesce(x.benchmark, y.benchmark) AS benchmark,
        s.mu AS reward, s.log_sigma AS reward_log_sigma,
        m.similarity, f.nsfw, f.nsfw_label, f.faces, f.face_fraction, f.watermark, w.text_fraction
 FROM offered o
@@ -135,7 +156,9 @@ LEFT JOIN current_verify_caption v ON v.subject_id = o.caption_id
 LEFT JOIN current_scores s ON s.subject_id = o.caption_id AND s.task = 'generate'
 LEFT JOIN current_similarity m ON m.subject_id = o.caption_id
 LEFT JOIN current_safety f ON f.subject_id = o.image_id
-LEFT JOIN current_text w ON w.subject_id = o.image_id;
+LEFT JOIN current_text w ON w.subject_id = o.image_id
+LEFT JOIN contamination x ON x.subject_id = o.image_id
+LEFT JOIN contamination y ON y.subject_id = o.caption_id;
 
 -- One row per edit triplet: those that sources bring, and those that our routes made. base_image_id is the picture that it all began
 -- with: whatever was made from one base lands in one split. A pair of the small world belongs to the source of its parent.
@@ -161,7 +184,10 @@ SELECT o.row_id, o.edit_id, o.source, o.domain, o.shard, o.source_key, o.notes, 
        e.source_image_id, e.target_image_id AS image_id, e.instruction AS text, e.edit_type, e.route, e.parent_edit_id,
        coalesce(e.relation, '') AS relation, coalesce(e.rejected, false) AS rejected, e.reject_reason,
        i.width, i.height, a.sharpness AS source_sharpness, b.sharpness AS target_sharpness,
-       coalesce(d.group_id, o.base_image_id) AS group_id, a.pixel_sha256 AS source_pixels, b.pixel_sha256 AS target_pixels,
+       coalesce(d.group_id, o.base_image_id) AS group_id,
+       coalesce(ds.group_id, e.source_image_id) AS source_group_id, coalesce(dt.group_id, e.target_image_id) AS target_group_id,
+       a.pixel_hash AS source_pixels, b.pixel_hash AS target_pixels,
+       coalesce(x.benchmark, y.benchmark, z.benchmark) AS benchmark,
        v.in_language, v.matches, v.edited_fraction, v.outside_fraction, v.edit_mask, v.reason,
        t.rule AS triplet_rule, t.verdict AS triplet_verdict, t.failed AS triplet_failed, t.not_evaluated AS triplet_not_evaluated,
        s.mu AS reward, s.log_sigma AS reward_log_sigma,
@@ -175,11 +201,16 @@ LEFT JOIN images i ON i.image_id = e.target_image_id
 LEFT JOIN current_quality a ON a.subject_id = e.source_image_id
 LEFT JOIN current_quality b ON b.subject_id = e.target_image_id
 LEFT JOIN current_duplicates d ON d.subject_id = o.base_image_id
+LEFT JOIN current_duplicates ds ON ds.subject_id = e.source_image_id
+LEFT JOIN current_duplicates dt ON dt.subject_id = e.target_image_id
 LEFT JOIN current_verify_edit v ON v.subject_id = o.edit_id
 LEFT JOIN current_verify_triplet t ON t.subject_id = o.edit_id
 LEFT JOIN current_scores s ON s.subject_id = o.edit_id AND s.task = 'edit'
 LEFT JOIN current_safety f ON f.subject_id = e.source_image_id
-LEFT JOIN current_safety g ON g.subject_id = e.target_image_id;
+LEFT JOIN current_safety g ON g.subject_id = e.target_image_id
+LEFT JOIN contamination x ON x.subject_id = e.target_image_id
+LEFT JOIN contamination y ON y.subject_id = e.source_image_id
+LEFT JOIN contamination z ON z.subject_id = o.edit_id;
 
 -- For people: what the lake holds, without the rows that never became an image.
 CREATE OR REPLACE VIEW samples AS SELECT * FROM t2i_records WHERE error IS NULL;

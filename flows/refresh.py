@@ -18,7 +18,7 @@ from flows.step import Edge, Step, StepContext, StepResult, step_id
 MEASURES = {
     "quality": ("quality", "duplicates"),
     "caption": ("edit", "caption", "inspect"),
-    "verify": ("verify_caption", "verify_edit"),
+    "verify": ("verify_caption", "verify_edit", "contamination", "semantic"),
 }
 """Which operators each measuring step runs."""
 
@@ -71,7 +71,18 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
                 **edit_folders(settings), **{model: folder_digest(Path(model)) for model in _model_folders(settings)}
             },
         ),
-        _measure_step(config, "verify", "caption", {"edit_pairs": spec_of(settings.edit_pairs)}, "Check captions and edits against the pixels."),
+        _measure_step(
+            config,
+            "verify",
+            "caption",
+            {
+                "edit_pairs": spec_of(settings.edit_pairs),
+                "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
+                "semantic": spec_of(settings.semantic),
+            },
+            "Check captions and edits against the pixels, and everything against the benchmarks.",
+            external=lambda: {benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks},
+        ),
         Step(
             "score",
             _counts(
@@ -87,7 +98,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             "curate",
             lambda ctx: _curate(ctx, config),
             code,
-            spec={"policy": spec_of(policy)},
+            spec={"policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
             inputs=("score",),
             seed=config.seed,
             alone=VIEWS,
@@ -234,6 +245,14 @@ def dataset_versions(ctx: StepContext, names: tuple[str, ...]) -> dict[str, int]
     return {name: datasets[name]["version"] for name in names}
 
 
+def content_digest(path: Path) -> str:
+    """Digest of a file's content, or of a folder as `folder_digest` takes it."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return folder_digest(path)
+
+
 def source_digest(source: ExtraSource) -> str:
     """What a source of the user's own holds now, so far as can be said without reading it: the content of its files and mapping, or of
     a hub dataset the commit that its revision stands for. Where URLs are fetched, a failure may have passed by tomorrow: then each
@@ -244,8 +263,7 @@ def source_digest(source: ExtraSource) -> str:
 
     parts = [identity(source)]
     if source.path.is_file():
-        with source.path.open("rb") as stream:
-            parts.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        parts.append(content_digest(source.path))
     elif source.kind == "huggingface" and not source.path.exists():
         parts.append(hub_commit(source))
     else:

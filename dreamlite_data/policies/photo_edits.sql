@@ -3,10 +3,13 @@
 
 -- @candidates
 SELECT e.row_id, 'edit' AS task, e.image_id, e.source_image_id, e.text, e.edit_type, e.edited_fraction, e.edit_mask,
-       CAST(1 AS FLOAT) AS weight, e.group_id, e.width, e.height, e.matches, e.route, e.rejected, e.triplet_verdict,
+       CAST(1 AS FLOAT) AS weight, e.group_id, e.benchmark, e.width, e.height, e.matches, e.route, e.rejected, e.triplet_verdict,
        e.nsfw, e.face_fraction, e.watermark,
        CASE WHEN e.route = 'exact' AND e.relation = 'inverse' THEN e.target_sharpness ELSE e.source_sharpness END AS photo_sharpness,
-       row_number() OVER (PARTITION BY e.source_pixels, e.target_pixels, e.text ORDER BY e.rejected, e.row_id) AS copy
+       row_number() OVER (
+           PARTITION BY e.source_group_id, e.target_group_id, plain_words(e.text)
+           ORDER BY e.rejected, CAST(e.width AS BIGINT) * e.height DESC, e.source_sharpness DESC, e.row_id
+       ) AS copy
 FROM edit_records e
 WHERE e.route IN ('exact', 'composite', 'model') AND e.base_image_id IN (SELECT image_id FROM provenance WHERE list_contains($sources, source))
 
@@ -15,6 +18,9 @@ NOT rejected
 
 -- @rule unique_triplet allow=pass_all
 copy = 1
+
+-- @rule not_in_benchmark when=benchmarks allow=pass_all
+benchmark IS NULL
 
 -- @rule large_enough margin allow=pass_all
 least(width, height) - $min_side_px

@@ -3,9 +3,11 @@
 -- @candidates
 SELECT row_id, 'generate' AS task, image_id, CAST(NULL AS VARCHAR) AS source_image_id, text, CAST(NULL AS VARCHAR) AS edit_type,
        CAST(NULL AS FLOAT) AS edited_fraction, CAST(NULL AS BLOB) AS edit_mask, CAST(1 AS FLOAT) AS weight, group_id,
-       error, width, height, sharpness,
-       similarity, nsfw, face_fraction, watermark, text_fraction,
-       row_number() OVER (PARTITION BY coalesce(group_id, row_id) ORDER BY text IS NULL, row_id) AS copy
+       error, benchmark, width, height, sharpness, similarity, nsfw, face_fraction, watermark, text_fraction,
+       row_number() OVER (
+           PARTITION BY coalesce(group_id, row_id)
+           ORDER BY text IS NULL, CAST(width AS BIGINT) * height DESC, sharpness DESC, row_id
+       ) AS copy
 FROM t2i_records
 WHERE list_contains($sources, source) AND domain = 'photos' AND style IN ('provider', 'described')
 
@@ -14,6 +16,9 @@ error IS NULL
 
 -- @rule unique_image allow=pass_all
 copy = 1
+
+-- @rule not_in_benchmark when=benchmarks allow=pass_all
+benchmark IS NULL
 
 -- @rule large_enough margin allow=pass_all
 least(width, height) - $min_side_px
