@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamlite_data import executors, inspection, refresh, schema
+from dreamlite_data import executors, refresh, schema
 from dreamlite_data.chat import EndpointError, endpoint
 from dreamlite_data.dataset import open_dataset
 from dreamlite_data.lake import Lake
@@ -242,7 +242,6 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_captions_are_compared_with_their_images_and_drawn_by_it(
     prepared: Prepared, pictures: Path, tmp_path: Path, towers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspection, "SIMILARITY_ROWS", 4)
     with CountingServer(lambda body: completion("a red circle" if "tags" in str(body) else "a small blue square on the photo")) as server:
         settings = settings_for(pictures, captions=asking(server.url), embed={"model": towers}, safety={"faces": True})
         lake = prepared(tmp_path / "lake")
