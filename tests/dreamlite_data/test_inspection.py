@@ -24,7 +24,7 @@ from dreamlite_data.operators.safety import MissingExtra
 from dreamlite_data.policies import read_policy
 from dreamlite_data.policies.curate import judge
 from dreamlite_data.responses import responses_folder
-from dreamlite_data.settings import PolicySettings, RefreshSettings
+from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.conftest import contents
 from tests.dreamlite_data.counting_server import CountingServer, completion, sha256_of_image, words_about_it
 from tests.dreamlite_data.operators.tiny_towers import tiny_clip
@@ -320,7 +320,8 @@ def test_an_edit_is_as_unsafe_as_the_worse_of_its_images_and_unknown_where_one_i
         "not looked at>bare": None,
     }  # fmt: skip
     # A null does not pass a rule that is on.
-    parameters = PolicySettings(max_nsfw=0.5, require_scene_language=False).model_dump() | {"sources": ["own"], "seed": "0"}
+    settings = RefreshSettings(policy={"max_nsfw": 0.5, "require_scene_language": False}, safety={"nsfw": True})
+    parameters = refresh.policy_parameters(lake, settings, 0) | {"sources": ["own"]}
     judged, _ = judge(lake, read_policy("edit"), parameters)
     verdicts = {row["row_id"]: "no_nudity" in row["failed"] for row in judged.to_pylist()}
     assert verdicts == {name: score is None or score > 0.5 for name, score in found.items()}
