@@ -23,9 +23,6 @@ from dreamlite_data.weights import weights_digest
 INSPECTIONS = ("safety", "text", "describe", "embed", "similarity")
 """In the order in which they run; similarity compares what describe wrote with what embed saw."""
 
-SIMILARITY_ROWS = 50_000
-"""Captions compared at a time: the vectors of their images pass through the driver."""
-
 ALL_IMAGES = "SELECT image_id FROM images"
 CAPTIONED_IMAGES = "SELECT DISTINCT image_id FROM current_ingest WHERE task = 'generate' AND error IS NULL AND image_id IS NOT NULL"
 """An edit's images are described by its instruction: captions of them would be paid for and never read."""
@@ -73,20 +70,12 @@ def _embed(lake: Lake, settings: RefreshSettings, executor: Executor, digests: D
 def _similarity(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     if settings.embed.model is None:
         return {"off": "refresh.embed.model is null"}
-    embedded, make = op_version(_made(Embed, settings, digests)()), _made(Similarity, settings, digests)
-    # A slice of what is pending at a time; the anti-join stands inside, so that the limit counts pending rows only.
+    embedded = op_version(_made(Embed, settings, digests)())
     subjects = (
         "SELECT c.caption_id, c.text, e.vector FROM captions c "
-        f"JOIN op_embed e ON e.subject_id = c.image_id AND e.op_version = '{embedded}' "
-        f"ANTI JOIN (SELECT subject_id FROM op_similarity WHERE op_version = '{op_version(make())}') d ON d.subject_id = c.caption_id "
-        f"ORDER BY c.caption_id LIMIT {SIMILARITY_ROWS}"
+        f"JOIN op_embed e ON e.subject_id = c.image_id AND e.op_version = '{embedded}'"
     )
-    total = {"rows": 0, "failed": 0}
-    while True:
-        counts = _measure(lake, settings, executor, Measurement(make, subjects))
-        total = {name: total[name] + counts[name] for name in total}
-        if counts["rows"] < SIMILARITY_ROWS:
-            return total
+    return _measure(lake, settings, executor, Measurement(_made(Similarity, settings, digests), subjects))
 
 
 def _made(operator: Callable[..., Any], settings: RefreshSettings, digests: DigestCache) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamlite_data import executors, inspection, refresh, schema
+from dreamlite_data import executors, refresh, schema
 from dreamlite_data.chat import EndpointError, endpoint
 from dreamlite_data.dataset import open_dataset
 from dreamlite_data.lake import Lake
@@ -24,7 +24,7 @@ from dreamlite_data.operators.safety import MissingExtra
 from dreamlite_data.policies import read_policy
 from dreamlite_data.policies.curate import judge
 from dreamlite_data.responses import responses_folder
-from dreamlite_data.settings import PolicySettings, RefreshSettings
+from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.conftest import contents
 from tests.dreamlite_data.counting_server import CountingServer, completion, sha256_of_image, words_about_it
 from tests.dreamlite_data.operators.tiny_towers import tiny_clip
@@ -242,7 +242,6 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_captions_are_compared_with_their_images_and_drawn_by_it(
     prepared: Prepared, pictures: Path, tmp_path: Path, towers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspection, "SIMILARITY_ROWS", 4)
     with CountingServer(lambda body: completion("a red circle" if "tags" in str(body) else "a small blue square on the photo")) as server:
         settings = settings_for(pictures, captions=asking(server.url), embed={"model": towers}, safety={"faces": True})
         lake = prepared(tmp_path / "lake")
@@ -321,7 +320,8 @@ def test_an_edit_is_as_unsafe_as_the_worse_of_its_images_and_unknown_where_one_i
         "not looked at>bare": None,
     }  # fmt: skip
     # A null does not pass a rule that is on.
-    parameters = PolicySettings(max_nsfw=0.5, require_scene_language=False).model_dump() | {"sources": ["own"], "seed": "0"}
+    settings = RefreshSettings(policy={"max_nsfw": 0.5, "require_scene_language": False}, safety={"nsfw": True})
+    parameters = refresh.policy_parameters(lake, settings, 0) | {"sources": ["own"]}
     judged, _ = judge(lake, read_policy("edit"), parameters)
     verdicts = {row["row_id"]: "no_nudity" in row["failed"] for row in judged.to_pylist()}
     assert verdicts == {name: score is None or score > 0.5 for name, score in found.items()}
