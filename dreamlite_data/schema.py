@@ -25,7 +25,7 @@ CONTENT: dict[str, pa.Schema] = {
     "captions": _schema(caption_id=ID, image_id=ID, style=ID, text=pa.string(), captioner=ID, op_version=ID),
     "edits": _schema(
         edit_id=ID, source_image_id=ID, target_image_id=ID, instruction=pa.string(), edit_type=ID, route=ID, parent_edit_id=ID,
-        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(),
+        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(), rejected=pa.bool_(), reject_reason=pa.string(),
     ),
     # Every wording of a triplet's instruction; form is 'short', 'long' or what a source calls it.
     "instructions": _schema(
@@ -81,8 +81,8 @@ OPERATORS: dict[str, pa.Schema] = {
     "op_contamination": _schema(
         subject_id=ID, op_version=ID, benchmark=ID, entry=pa.string(), kind=ID, distance=pa.int32(), error=pa.string()
     ),
-    "op_embed": _schema(subject_id=ID, op_version=ID, model=ID, vector=pa.list_(pa.float32()), error=pa.string()),
-    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), error=pa.string()),
+    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
+    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
     "op_caption": _schema(
         subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
         reason=pa.string(), error=pa.string(),
@@ -95,8 +95,35 @@ OPERATORS: dict[str, pa.Schema] = {
         subject_id=ID, op_version=ID, in_language=pa.bool_(), matches=pa.bool_(), edited_fraction=pa.float32(),
         outside_fraction=pa.float32(), edit_mask=pa.binary(), reason=pa.string(), error=pa.string(),
     ),
+    # Further captions, one operator per captioner and style. `retry`: the call failed for a passing reason and is made again.
+    "op_describe": _schema(
+        subject_id=ID, op_version=ID, style=ID, captioner=ID, prompt_id=ID, caption_id=ID, text=pa.string(), reason=pa.string(),
+        retry=pa.bool_(), error=pa.string(),
+    ),
+    # `vector` has length 1. `similarity` is the cosine of a caption and its image, `clip_score` a hundred times that.
+    "op_embed": _schema(subject_id=ID, op_version=ID, model=ID, vector=pa.list_(pa.float32()), error=pa.string()),
+    "op_similarity": _schema(
+        subject_id=ID, op_version=ID, model=ID, similarity=pa.float32(), clip_score=pa.float32(), error=pa.string()
+    ),
+    # What was not asked for is null. `face_fraction`: share of the image's area inside face boxes.
+    "op_safety": _schema(
+        subject_id=ID, op_version=ID, nsfw=pa.float32(), nsfw_label=ID, faces=pa.int32(), face_fraction=pa.float32(),
+        watermark=pa.float32(), error=pa.string(),
+    ),
+    "op_text": _schema(
+        subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
+    ),
+    # verdict: 'pass', 'fail', or 'not_evaluated' where a required measure was not available; rule is the entry of verify_rules.yaml.
+    "op_verify_triplet": _schema(
+        subject_id=ID, op_version=ID, inside_change=pa.float32(), outside_change=pa.float32(), edited_fraction=pa.float32(),
+        structure_outside=pa.float32(), rule=ID, verdict=ID, failed=pa.list_(pa.string()), not_evaluated=pa.list_(pa.string()),
+        error=pa.string(),
+    ),
     # The highest position names the current version of each operator, so a setting that is turned back costs nothing.
     "operator_versions": _schema(name=ID, op_version=ID, config_json=pa.string(), position=pa.int64()),
+    # What a label of an origin means, and how much of each level1 a mix wants: the packaged taxonomy.yaml as rows.
+    "taxonomy": _schema(origin=ID, label=ID, level1=ID, level2=ID, version=pa.int32(), digest=ID),
+    "edit_quotas": _schema(mix=ID, category=ID, level1=ID, share=pa.float64(), version=pa.int32(), digest=ID),
 }  # fmt: skip
 
 DATASETS: dict[str, pa.Schema] = {
@@ -131,7 +158,25 @@ TRACKING: dict[str, pa.Schema] = {
     "evals": _schema(run_id=ID, stage=ID, task=ID, metric=ID, value=pa.float64(), n=pa.int64()),
 }  # fmt: skip
 
-TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING}
+GOVERNANCE: dict[str, pa.Schema] = {
+    # Policies that a user committed. The row with the highest position holds for its dataset; one without text gives the dataset
+    # back to the packaged policy. `parameters_json` holds what --set gave, over the settings of the refresh.
+    "policies": _schema(
+        name=ID, position=pa.int64(), digest=ID, text=pa.string(), parameters_json=pa.string(), committed_at=TIME, version=pa.int32()
+    ),
+    # What was asked to be forgotten and what that took. `proof` is null until the files are gone and the lake has been scanned.
+    "takedowns": _schema(
+        takedown_id=ID, image_id=ID, reason=pa.string(), requested_at=TIME, rows_removed=pa.int64(), files_rewritten=pa.int64(),
+        datasets=pa.list_(pa.string()), checkpoints=pa.list_(pa.string()), expired_snapshots=pa.list_(pa.int64()),
+        text_digests=pa.list_(pa.string()), proof=ID,
+    ),
+    # Every image that must not come back: by the sha256 of its bytes as stored and as they came, and by its pixels.
+    "tombstones": _schema(
+        image_id=ID, original_sha256=ID, pixel_sha256=ID, width=pa.int32(), height=pa.int32(), takedown_id=ID, reason=pa.string()
+    ),
+}  # fmt: skip
+
+TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING, **GOVERNANCE}
 
 CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
 """Tables in which a row is stored once however often a source brings it."""

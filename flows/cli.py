@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import policy_cli
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -31,6 +33,8 @@ app = typer.Typer(
     "Start with [bold]dreamlite retrain[/bold]: on a laptop without GPU or network it builds the data, trains every stage of the small "
     "world, exports the model and writes a report. Run it again and it does only what changed.",
 )
+
+app.add_typer(policy_cli.app)  # policy, datasets, publish, forget
 
 Preset = Annotated[
     str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), paper (0.39 B), or a .yaml file.")

@@ -3,11 +3,13 @@ Prefect mirrors; the lake is the truth. No server, or a server that dies, never 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dreamlite_data.lake import Lake
+from dreamlite_data.policies.decided import decided
 from flows.config import PipelineConfig, load_config
 from flows.gates import GateFailed
 from flows.key import SourceTree
@@ -60,6 +62,19 @@ def build_steps(flow: str, config: PipelineConfig) -> list[Step]:
     raise ValueError(f"no flow '{flow}': there are refresh and retrain")
 
 
+def with_decisions(steps: Sequence[Step], lake_root: Path) -> list[Step]:
+    """The steps, with what people decided about the lake in the key of `curate`: policies that they committed, images that they
+    had forgotten. Where nobody decided anything the key is as without."""
+
+    def decisions() -> dict[str, str]:
+        if not (lake_root / "catalog.sqlite").exists():
+            return {}
+        with Lake(lake_root, read_only=True) as lake:
+            return decided(lake)
+
+    return [dataclasses.replace(step, external=decisions) if step.name == "curate" else step for step in steps]
+
+
 def until_step(steps: Sequence[Step], until: str | None) -> list[Step]:
     """The steps that `until` needs, itself included, in order; all of them for None."""
     if until is None:
@@ -86,7 +101,7 @@ def prepare(
 ) -> Run:
     """Check the config, open the lake and lay out the run. Computes nothing."""
     config = load_config(preset, overrides)
-    steps = until_step(build_steps(flow, config), until)
+    steps = with_decisions(until_step(build_steps(flow, config), until), lake_root)
     names = {step.name for step in steps}
     return Run(
         Lake(lake_root),
@@ -103,7 +118,7 @@ def look_ahead(
     flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None
 ) -> tuple[list[Planned], list[StepRecord]]:
     """(plan, finished steps) of a flow, without writing anything: a lake that is not there yet stays so."""
-    steps = until_step(build_steps(flow, load_config(preset, overrides)), until)
+    steps = with_decisions(until_step(build_steps(flow, load_config(preset, overrides)), until), lake_root)
     done: list[StepRecord] = []
     if (lake_root / "catalog.sqlite").exists():
         with Lake(lake_root, read_only=True) as lake:

@@ -19,6 +19,7 @@ from dreamlite_data.executors import Executor
 from dreamlite_data.lake import Lake, insert, register_files
 from dreamlite_data.operators.base import Operator, Task, Written, op_version, run_task, write_table
 from dreamlite_data.progress import Progress
+from dreamlite_data.tombstones import free_of_forgotten
 
 TASKS_PER_QUERY = 32
 """Inputs of so many tasks are read together: a query per task would scan the subjects once per task."""
@@ -118,10 +119,10 @@ def _places(lake: Lake, measurement: Measurement, rows: pa.Table) -> dict[str, t
 
 
 def commit(lake: Lake, written: Written, withdraw: list[tuple[str, str]] | None = None) -> None:
-    """Register what one worker wrote, in one transaction. Content that the lake has already is left out.
-    `withdraw` names (source, shard) whose earlier records go in the same transaction."""
+    """Register what one worker wrote, in one transaction. Content that the lake has already is left out, and so is what was
+    forgotten. `withdraw` names (source, shard) whose earlier records go in the same transaction."""
     files: dict[str, list[Path]] = {}
-    for name, path in written.files.items():
+    for name, path in free_of_forgotten(lake, written).files.items():
         fresh = _without_known(lake, name, Path(path))
         if fresh is not None:
             files[name] = [lake.place(name, fresh)]

@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 from dreamlite_data import schema
 from dreamlite_data.lake import Lake, insert
 from dreamlite_data.policies.candidates import candidates_sql
+from dreamlite_data.policies.committed import check_sql, committed_policies
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, parameters_of, read_policy
 
 DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
 """In the order in which they are made: later ones draw from earlier ones."""
-DRAWN_FROM = {"sft": ("t2i", "edit"), "rl": ("t2i", "edit")}
 # From how many rows on a unanimous rule is a surprise: a rare fault can be absent from hundreds of rows, but a rule that
 # rejects the first fifty rejects everything.
 PASS_ALL_ROWS = 1000
@@ -33,21 +33,32 @@ class CurationError(RuntimeError):
 
 def curate(lake: Lake, parameters: dict[str, Any], datasets: tuple[str, ...] = DATASETS) -> list[dict[str, Any]]:
     """Make the current version of each dataset that has candidates; returns name, version, rows, digest of each.
-    `parameters` are the policy settings and `sources`, `seed`, `benchmarks` (names); `allow_unanimous` lists rules that may be unanimous."""
+    `parameters` are the policy settings and `sources`, `seed`, `benchmarks` (names); `allow_unanimous` lists rules that may be
+    unanimous. A policy that a user committed stands in for the packaged one of its name, or adds a dataset of its own."""
     parameters = {"benchmarks": (), **parameters}
     made: dict[str, dict[str, Any]] = {}
-    for name in datasets:
-        parents = DRAWN_FROM.get(name, ())
+    committed = committed_policies(lake)
+    for name in (*datasets, *(name for name in committed if name not in DATASETS)):
+        own = committed.get(name)
+        policy = own.policy if own else read_policy(name)
+        parents = drawn_from(policy)
         if any(parent not in made for parent in parents):
             continue
-        versions = {f"{parent}_version": made[parent]["version"] for parent in parents}
-        policy = read_policy(name)
-        judged, outcome = judge(lake, policy, {**parameters, **versions})
+        given = {**parameters, **(own.parameters if own else {}), **{f"{parent}_version": made[parent]["version"] for parent in parents}}
+        if own:
+            check_sql(lake, policy, given, f"the committed policy {name}")
+        judged, outcome = judge(lake, policy, given)
         if not len(judged):
             continue
-        _refuse_surprises(policy, outcome, len(judged), parameters)
-        made[name] = _freeze(lake, policy, judged, {**parameters, **versions}, [(parent, made[parent]["version"]) for parent in parents])
+        _refuse_surprises(policy, outcome, len(judged), given)
+        made[name] = freeze(lake, policy, judged, given, [(parent, made[parent]["version"]) for parent in parents])
     return list(made.values())
+
+
+def drawn_from(policy: Policy) -> tuple[str, ...]:
+    """The datasets whose version the policy reads as $<name>_version, in the order in which they are made."""
+    names = {name.removesuffix("_version") for name in policy.parameters() if name.endswith("_version")}
+    return tuple(sorted(names, key=lambda name: (DATASETS.index(name) if name in DATASETS else len(DATASETS), name)))
 
 
 def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Table, list[tuple[Rule, int, int]]]:
@@ -103,6 +114,14 @@ def _with_verdicts(found: pa.Table, names: list[str]) -> pa.Table:
 
 
 def _refuse_surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, parameters: dict[str, Any]) -> None:
+    found = surprises(policy, outcome, total, parameters)
+    if found:
+        raise CurationError(found[0])
+
+
+def surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, parameters: dict[str, Any]) -> list[str]:
+    """A sentence for each rule that was never evaluated, or that passed or rejected everything, and is not allowed to."""
+    found = []
     allowed = set(parameters.get("allow_unanimous", ()))
     for rule, reached, rejected in outcome:
         name = f"{policy.dataset}.{rule.name}"
@@ -116,10 +135,11 @@ def _refuse_surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], tota
             said = f"rejected none of {reached} rows"
         else:
             continue
-        raise CurationError(
+        found.append(
             f"the rule {name} {said}. Look at its measurements (SELECT * FROM why_dropped), correct policies/{policy.dataset}.sql or its "
             f"threshold, or add '{name}' to refresh.policy.allow_unanimous if that is right"
         )
+    return found
 
 
 def split_of(group: str, heldout_share: float) -> str:
@@ -167,9 +187,11 @@ def _digest_column(total: Any, column: pa.Array) -> None:
         total.update(memoryview(content)[int(ends[0]) : int(ends[-1])] if content is not None else b"")
 
 
-def _freeze(
+def freeze(
     lake: Lake, policy: Policy, judged: pa.Table, parameters: dict[str, Any], parents: list[tuple[str, int]]
 ) -> dict[str, Any]:
+    """Keep every verdict, and the kept rows as a new version unless they are those of the newest under the same policy.
+    Returns name, version, rows, digest."""
     name = policy.dataset
     kept = judged.filter(pc.equal(judged["verdict"], "keep"))
     if "split" not in kept.column_names:

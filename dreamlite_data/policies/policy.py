@@ -61,9 +61,9 @@ def parameters_of(sql: str) -> set[str]:
     return set(_PARAMETER.findall(sql))
 
 
-def read_policy(dataset: str, text: str | None = None) -> Policy:
-    """The policy of `dataset` from the packaged SQL files, or from `text`. Raises PolicyError."""
-    where = f"policies/{dataset}.sql"
+def read_policy(dataset: str, text: str | None = None, where: str | None = None) -> Policy:
+    """The policy of `dataset` from the packaged SQL files, or from `text`, which `where` names in errors. Raises PolicyError."""
+    where = where or f"policies/{dataset}.sql"
     if text is None:
         text = resources.files("dreamlite_data.policies").joinpath(f"{dataset}.sql").read_text(encoding="utf-8")
     marks = list(_BLOCK.finditer(text))
@@ -90,6 +90,8 @@ def read_policy(dataset: str, text: str | None = None) -> Policy:
 
 def _rule(where: str, words: list[str], body: str) -> Rule:
     name, *options = words
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+        raise PolicyError(f"{where}: a rule cannot be called {name!r}: lower-case letters, digits and underscores, no digit first")
     fields: dict[str, Any] = {"name": name, "body": body}
     for option in options:
         key, _, value = option.partition("=")
