@@ -14,7 +14,8 @@ from dreamlite_data import schema
 from dreamlite_data.lake import Lake
 from dreamlite_data.policies.policy import Policy, parameters_of
 
-# Runs and verdicts are written all the time and are nobody's candidates; rows of a dataset version never change.
+# Runs and verdicts are written all the time and are nobody's candidates, and a new dataset version leaves the others as they
+# are. Only inserts are passed over: whoever deletes rows (a takedown) changes what may be read.
 _UNREAD = (*schema.TRACKING, *schema.DATASETS)
 
 
@@ -51,7 +52,7 @@ def _key(lake: Lake, policy: Policy, used: dict[str, Any]) -> str:
     policies read."""
     metadata = "__ducklake_metadata_lake"
     ids = lake.query(f"SELECT table_id FROM {metadata}.ducklake_table WHERE list_contains($names, table_name)", {"names": list(_UNREAD)})
-    unread = f"\\w+:({'|'.join(str(number) for number in sorted(ids['table_id'].to_pylist()))})"
+    unread = f"(inserted_into_table|inlined_insert):({'|'.join(str(number) for number in sorted(ids['table_id'].to_pylist()))})"
     state = lake.query(
         f"SELECT max(snapshot_id) AS last, (SELECT value FROM lake_info WHERE key = 'views') AS views "
         f"FROM {metadata}.ducklake_snapshot_changes WHERE NOT regexp_full_match(changes_made, $unread)",

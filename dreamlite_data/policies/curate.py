@@ -73,31 +73,44 @@ def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Ta
         f"{f'CAST(({rule.body}) AS DOUBLE)' if rule.margin else 'CAST(NULL AS DOUBLE)'} AS margin_{index}"
         for index, rule in enumerate(rules)
     )
-    first = "CASE " + " ".join(f"WHEN NOT pass_{index} THEN {index}" for index in range(len(rules))) + " END"
     margin = "CASE " + " ".join(f"WHEN NOT pass_{index} THEN margin_{index}" for index in range(len(rules))) + " END"
-    name = "CASE " + " ".join(f"WHEN NOT pass_{index} THEN '{rule.name}'" for index, rule in enumerate(rules)) + " END"
-    failed = ", ".join(f"CASE WHEN NOT pass_{index} THEN '{rule.name}' END" for index, rule in enumerate(rules))
+    failures = " + ".join(f"CASE WHEN pass_{index} THEN 0 ELSE {1 << index} END" for index in range(len(rules)))
     source, used = candidates_sql(lake, policy, parameters)
     used |= {name: parameters[name] for name in set().union(*(parameters_of(rule.body) for rule in rules))}
     sql = (
         f"WITH candidates AS (SELECT * FROM {source}), judged AS (SELECT *, {tests} FROM candidates) "
         f"SELECT * EXCLUDE ({', '.join(f'pass_{index}, margin_{index}' for index in range(len(rules)))}), "
-        f"CASE WHEN {first} IS NULL THEN 'keep' ELSE 'drop' END AS verdict, {name} AS first_rule, "
-        f"CAST({first} AS INTEGER) AS rule_position, {margin} AS margin, "
-        f"CASE WHEN {first} IS NULL THEN [] ELSE list_filter([{failed}], x -> x IS NOT NULL) END AS failed "
+        f"{margin} AS margin, CAST({failures} AS BIGINT) AS failures "
         f"FROM judged{' ORDER BY row_id' if not source.startswith('read_parquet') else ''}"  # the file is sorted, and order is kept
     )
-    judged = lake.query(sql, used)
-    missing = [column for column in REQUIRED_COLUMNS if column not in judged.column_names]
+    found = lake.query(sql, used)
+    missing = [column for column in REQUIRED_COLUMNS if column not in found.column_names]
     if missing:
         raise CurationError(f"the candidates of policies/{policy.dataset}.sql lack the columns {', '.join(missing)}")
-    positions = judged["rule_position"].drop_null().to_numpy()
-    rejected_by = np.bincount(positions, minlength=len(rules)).tolist()
+    judged = _with_verdicts(found, [rule.name for rule in rules])
+    rejected_by = np.bincount(judged["rule_position"].drop_null().to_numpy(), minlength=len(rules)).tolist()
     outcome, reached = [], len(judged)
     for rule, rejected in zip(rules, rejected_by, strict=True):
         outcome.append((rule, reached, rejected))
         reached -= rejected
     return judged, outcome
+
+
+def _with_verdicts(found: pa.Table, names: list[str]) -> pa.Table:
+    """The bits of `failures` (one per rule) as verdict, first_rule, rule_position and failed. A million rows share a few
+    combinations: each is put into words once."""
+    coded = found["failures"].combine_chunks().dictionary_encode()
+    combinations = [[place for place in range(len(names)) if bits >> place & 1] for bits in coded.dictionary.to_pylist()]
+    said = {
+        "verdict": pa.array(["drop" if places else "keep" for places in combinations], pa.string()),
+        "first_rule": pa.array([names[places[0]] if places else None for places in combinations], pa.string()),
+        "rule_position": pa.array([places[0] if places else None for places in combinations], pa.int32()),
+        "failed": pa.array([[names[place] for place in places] for places in combinations], pa.list_(pa.string())),
+    }
+    judged, margin = found.drop_columns(["failures", "margin"]), found["margin"]
+    for name in ("verdict", "first_rule", "rule_position"):
+        judged = judged.append_column(name, said[name].take(coded.indices))
+    return judged.append_column("margin", margin).append_column("failed", said["failed"].take(coded.indices))
 
 
 def _refuse_surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, parameters: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def test_a_new_threshold_or_rule_reads_the_candidates_that_were_kept(lake: Lake)
     assert second["row_id"].to_pylist() == sorted(second["row_id"].to_pylist())
 
 
-@pytest.mark.parametrize("change", ["rows", "parameter", "candidates", "operator"])
+@pytest.mark.parametrize("change", ["rows", "parameter", "candidates", "operator", "deleted"])
 def test_whatever_could_change_a_candidate_joins_them_again(lake: Lake, change: str) -> None:
     _add(lake, *range(10))
     curate.judge(lake, _policy(), PARAMETERS)
@@ -56,6 +56,11 @@ def test_whatever_could_change_a_candidate_joins_them_again(lake: Lake, change: 
         parameters = {**PARAMETERS, "kinds": ["image/jpeg"]}
     elif change == "candidates":
         policy = _policy(candidates=CANDIDATES.replace("width FROM", "width, height FROM"))
+    elif change == "deleted":
+        lake.append({"dataset_rows": [{"name": "x", "version": 1, "row_id": "a"}]})
+        curate.judge(lake, policy, parameters)
+        assert _files(lake) == before  # a new version changes no candidate; taking rows out of one may
+        lake.write(lambda connection: connection.execute("DELETE FROM dataset_rows") and None)
     else:
         lake.append({"op_quality": [{"subject_id": "i001", "op_version": "v"}]})
     judged, _ = curate.judge(lake, policy, parameters)
