@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -29,13 +29,14 @@ class ExecutorError(RuntimeError):
 
 class Executor(Protocol):
     """`map` calls `function(task)` for each task and yields the results in task order. `function` must be importable
-    (module level) and its results small: shards go to files, results are what was written where."""
+    (module level) and its results small: shards go to files, results are what was written where. Tasks are taken when
+    they are needed, a few ahead of the work, so that an endless night does not lie in memory."""
 
     name: str
     started: int
     """How often workers were started: stays 0 while there is nothing to do."""
 
-    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]: ...
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None) -> Iterator[Any]: ...
 
     def close(self) -> None: ...
 
@@ -50,18 +51,20 @@ class LocalExecutor:
         self.started = 0
         self._pool: ProcessPoolExecutor | None = None
 
-    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
-        if not tasks:
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
+        waiting = iter(tasks)
+        first = list(itertools.islice(waiting, 2))
+        if not first:
             return
-        if self.workers == 1 or (len(tasks) == 1 and self._pool is None):
-            for task in tasks:
+        if self.workers == 1 or (len(first) == 1 and self._pool is None):
+            for task in itertools.chain(first, waiting):
                 yield function(task)
             return
         if self._pool is None:
             self.started += 1
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_quiet_worker)
-        waiting = iter(tasks)
+        waiting = itertools.chain(first, waiting)
         running: collections.deque[Future] = collections.deque(
             self._pool.submit(function, task) for task in itertools.islice(waiting, 2 * self.workers)
         )
@@ -108,14 +111,16 @@ class RayExecutor:
         self.num_workers = num_workers
         self.started = 0
 
-    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
-        if not tasks:
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None) -> Iterator[Any]:
+        waiting = iter(tasks)
+        first = list(itertools.islice(waiting, 1))
+        if not first:
             return
         ray = self._start()
         wanted = {"num_cpus": 1.0, **(resources or {})}
         self._refuse_unfit(ray, wanted)
         remote = ray.remote(max_retries=3, **wanted)(_call)
-        waiting = iter(tasks)
+        waiting = itertools.chain(first, waiting)
         name = (function.__module__, function.__qualname__)
         in_flight = 2 * max(self.num_workers, int(ray.cluster_resources().get("CPU", 1)))
         running = collections.deque(remote.remote(name, task) for task in itertools.islice(waiting, in_flight))

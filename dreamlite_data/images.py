@@ -20,6 +20,9 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "
 STORED_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
+_SEGMENT, _FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
+# Start of frame (baseline, extended, progressive), Huffman and quantisation tables, restart interval, comment, scan: ITU T.81, table B.1.
+_BARE_SEGMENTS = frozenset((0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xFE, 0xDA))
 
 
 class BadImage(ValueError):
@@ -46,6 +49,13 @@ def decode(payload: bytes, limits: IngestSettings | None = None) -> Decoded:
     limits = limits or IngestSettings()
     if not payload:
         raise BadImage("empty", "the file has zero bytes")
+    size = _bare_jpeg_size(payload)
+    if size is not None:
+        _refuse_size(*size, limits)
+        try:
+            return Decoded(simplejpeg.decode_jpeg(payload, "RGB", strict=True), "image/jpeg", True, ())
+        except (ValueError, MemoryError):
+            pass  # Pillow's path names the reason
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages switch this on for the whole process when imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -61,13 +71,41 @@ def decode(payload: bytes, limits: IngestSettings | None = None) -> Decoded:
             return _decode_opened(image, payload, limits)
 
 
-def _decode_opened(image: Image.Image, payload: bytes, limits: IngestSettings) -> Decoded:
-    width, height = image.size
+def _bare_jpeg_size(payload: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG of three 8-bit components whose header holds tables and nothing that could call for a
+    conversion (no EXIF, profile or Adobe segment, no second picture); None for everything else. Most files of the web are
+    such once they were resized, and need no look by Pillow, which costs a twentieth of the decode."""
+    if payload[:2] != b"\xff\xd8":
+        return None
+    place, size = 2, None
+    while place + 4 <= len(payload):
+        mark, kind, length = _SEGMENT.unpack_from(payload, place)
+        if mark != 0xFF or not (kind in _BARE_SEGMENTS or (kind == 0xE0 and payload[place + 4 : place + 9] == b"JFIF\0")):
+            return None
+        if kind == 0xDA:
+            return size
+        if 0xC0 <= kind <= 0xC2:
+            if size is not None or length < 8 or place + 10 > len(payload):
+                return None
+            depth, height, width, components = _FRAME.unpack_from(payload, place + 4)
+            if depth != 8 or components != 3 or not width or not height:
+                return None
+            size = width, height
+        place += 2 + length
+    return None
+
+
+def _refuse_size(width: int, height: int, limits: IngestSettings) -> None:
     if max(width, height) > limits.max_side_px or width * height > limits.max_image_px:
         raise BadImage(
             "too_large",
             f"{width} x {height} px is over the limit of {limits.max_side_px} px a side or {limits.max_image_px} px in all",
         )
+
+
+def _decode_opened(image: Image.Image, payload: bytes, limits: IngestSettings) -> Decoded:
+    width, height = image.size
+    _refuse_size(width, height, limits)
     if min(width, height) < 1:
         raise BadImage("broken_header", f"{width} x {height} px")
     if image.format == "PNG" and PNG_END not in payload:

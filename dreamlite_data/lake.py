@@ -313,7 +313,8 @@ def register_files(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, S
         if name not in schema.TABLES:
             raise KeyError(f"the lake has no table {name!r}; its tables are {', '.join(schema.TABLES)}")
         for path in paths:
-            connection.execute("CALL ducklake_add_data_files('lake', ?, ?)", [name, str(path)])
+            # A table of an older lake may have columns that the schema no longer names: they are null from here on.
+            connection.execute("CALL ducklake_add_data_files('lake', ?, ?, allow_missing => true)", [name, str(path)])
 
 
 def _create_tables(connection: duckdb.DuckDBPyConnection, missing: Mapping[str, Sequence[str]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import duckdb
 
 ALLOWED_TABLE_FUNCTIONS = frozenset({
-    "lineage_of", "unnest", "range", "generate_series", "read_parquet", "parquet_scan", "parquet_metadata", "parquet_schema",
+    "lineage_of", "caption_choices_at", "unnest", "range", "generate_series", "read_parquet", "parquet_scan", "parquet_metadata", "parquet_schema",
     "ducklake_snapshots", "ducklake_table_changes", "ducklake_table_insertions", "ducklake_table_deletions", "ducklake_table_info",
     "duckdb_tables", "duckdb_columns", "duckdb_views", "pragma_table_info",
 })  # fmt: skip

@@ -14,29 +14,36 @@ from typing import Any
 import pyarrow as pa
 
 from dreamlite_data import downloads, sources
+from dreamlite_data.comparisons import COMPARISONS
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
+from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
 from dreamlite_data.lake import Lake
-from dreamlite_data.operators.base import Operator, op_version
+from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.caption import Caption
-from dreamlite_data.operators.duplicates import Duplicates
-from dreamlite_data.operators.edit import Edit
+from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
-from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, pending
+from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending
 from dreamlite_data.operators.score import TASKS, Score, weights_digest
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
+from dreamlite_data.operators.verify_triplet import VerifyTriplet, triplet_subjects
 from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
 from dreamlite_data.sources.base import DigestCache, Unit
+from dreamlite_data.taxonomy import record_taxonomy
 
 __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
 
-MEASURES = ("quality", "duplicates", "edit", "caption", "verify_caption", "verify_edit")
+MEASURES = ("quality", "duplicates", "edit", "caption", *INSPECTIONS, "verify_caption", "verify_edit", "contamination", "semantic")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""
-GROUPS = {"quality": ("quality", "duplicates"), "verify": ("verify_caption", "verify_edit")}
+GROUPS = {
+    "quality": ("quality", "duplicates"),
+    "inspect": INSPECTIONS,
+    "verify": ("verify_caption", "verify_edit", "contamination", "semantic"),
+}
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -57,6 +64,7 @@ def _world(settings: ScenesSettings, seed: int) -> str:
 def write_sources(lake: Lake, settings: RefreshSettings, seed: int) -> dict[str, Any]:
     """Write the small world as WebDataset shards and export the photos. What stands complete already is not written again.
     The truth about planted faults goes to `<world>.truth.json` beside the shards' folder."""
+    require_installed(settings)  # the first step of a refresh: nothing is computed for a run that cannot end
     with lake.exclusive("refresh"):
         answer: dict[str, Any] = {"shards": 0, "planted_faults": 0, "photos": 0}
         if settings.scenes.t2i_rows or settings.scenes.edit_rows:
@@ -121,6 +129,7 @@ def source_list(lake: Lake, settings: RefreshSettings, seed: int | None = None) 
 def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[str, Any]:
     """Read every unit (shard or file) that is new or changed. A unit that is gone from its source is withdrawn: its records
     leave the current state, earlier snapshots keep them. Returns counts of units, records, failed and quarantined."""
+    require_installed(settings)
     with lake.exclusive("refresh"):
         lake.clean()
         operator = Ingest(settings.ingest)
@@ -176,8 +185,10 @@ def _ingest_tasks(units: list[Unit], settings: RefreshSettings, version: str, st
 
 
 def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Sequence[str]) -> dict[str, Any]:
-    """Run the named measurements (of MEASURES, or the groups 'quality' and 'verify') over what they have not seen.
-    `edit` makes new images, so the measures of an image follow it at once. Returns rows and failures of each."""
+    """Run the named measurements (of MEASURES, or the groups of GROUPS) over what they have not seen.
+    `edit` makes new images, so the measures of an image follow it at once; `verify_edit` is followed by the triplets that
+    verified ones give rise to, and by the rules of each edit type. Returns rows and failures of each, and why where one is off."""
+    require_installed(settings)
     wanted: list[str] = []
     for name in names:
         if name not in (*MEASURES, *GROUPS):
@@ -186,17 +197,29 @@ def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Se
     answer: dict[str, Any] = {}
     with lake.exclusive("refresh"):
         for name in wanted:
-            steps = ("edit", "quality", "duplicates") if name == "edit" else (name,)
-            for step in steps:
+            for step in _steps_of(lake, settings, name):
                 counts = _measure_one(lake, settings, executor, step)
                 for key, value in counts.items():
-                    answer[f"{step}_{key}"] = answer.get(f"{step}_{key}", 0) + value
+                    answer[f"{step}_{key}"] = value if isinstance(value, str) else answer.get(f"{step}_{key}", 0) + value
     return answer
 
 
-def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int]:
-    if name == "duplicates":
-        return _group_duplicates(lake)
+def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ...]:
+    if name not in ("edit", "verify_edit"):
+        return (name,)
+    record_taxonomy(lake)
+    active = forget_unused_routes(lake, settings)
+    if name == "edit":
+        return (*(route for route in active if route != "edit_pairs"), "quality", "duplicates")
+    pairs = ("edit_pairs", "verify_edit") * (1 + settings.edit_pairs.composed) if "edit_pairs" in active else ()
+    return ("verify_edit", *pairs, "verify_triplet")
+
+
+def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
+    if name in INSPECTIONS:
+        return inspect(lake, settings, executor, name)
+    if name in COMPARISONS:
+        return COMPARISONS[name](lake, settings)
     return measure_pending(lake, _measurement(lake, settings, name), executor, settings.ingest.rows_per_task)
 
 
@@ -206,14 +229,8 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
         return Measurement(Quality, "SELECT image_id FROM images", {"bytes": "image_id"})
     if name == "caption":
         return Measurement(Caption, "SELECT image_id FROM images", {"bytes": "image_id"})
-    if name == "edit":
-        subjects = (
-            "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
-            f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
-        )
-        if not settings.photos.edits_per_image:
-            subjects += " AND false"
-        return Measurement(functools.partial(Edit, settings.photos.edits_per_image), subjects, {"bytes": "image_id"})
+    if name in ROUTES:
+        return route_measurement(lake, settings, name)
     reading = lake.query("SELECT op_version FROM current_versions WHERE name = 'caption'")["op_version"].to_pylist()
     if not reading:
         raise LookupError(f"the measurement {name!r} compares with what was read from the images: run 'caption' first")
@@ -223,6 +240,9 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
             "SELECT c.caption_id, c.text, k.scene_json, coalesce(k.reason, k.error) AS reading_reason FROM captions c "
             "JOIN current_caption k ON k.subject_id = c.image_id",
         )
+    if name == "verify_triplet":
+        make = functools.partial(VerifyTriplet, reading[0])
+        return Measurement(make, triplet_subjects(op_version(make())), {"target_bytes": "target_image_id", "source_bytes": "source_image_id"})
     return Measurement(
         functools.partial(VerifyEdit, reading[0]),
         "SELECT e.edit_id, e.instruction, e.target_image_id, e.source_image_id, a.scene_json AS source_scene, "
@@ -230,34 +250,6 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
         "JOIN current_caption b ON b.subject_id = e.target_image_id",
         {"target_bytes": "target_image_id", "source_bytes": "source_image_id"},
     )
-
-
-def _group_duplicates(lake: Lake) -> dict[str, int]:
-    operator_config = Duplicates.config()
-    columns = "q.subject_id, q.pixel_sha256, q.phash, least(i.width, i.height) AS min_side_px"
-    measured = "FROM current_quality q JOIN images i ON i.image_id = q.subject_id"
-    version = op_version(_Named(Duplicates, operator_config))
-    rows = pending(lake, f"SELECT {columns} {measured}", "op_duplicates", version)
-    if len(rows):
-        known = lake.query(
-            f"SELECT {columns}, d.group_id {measured} JOIN op_duplicates d ON d.subject_id = q.subject_id "
-            "WHERE d.op_version = $version AND d.group_id IS NOT NULL ORDER BY q.subject_id",
-            {"version": version},
-        )
-        found = Duplicates(known)(rows).drop_columns(["op_version"])
-        lake.append({"op_duplicates": found.append_column("op_version", pa.array([version] * len(found), pa.string()))})
-    make_current(lake, Duplicates.name, version, operator_config)
-    return {"rows": len(rows), "failed": 0}
-
-
-class _Named:
-    """Name, version and config of an operator that is not built yet, for `op_version`."""
-
-    def __init__(self, operator: type[Operator], config: dict[str, Any]) -> None:
-        self.name, self.version, self._config = operator.name, operator.version, config
-
-    def config(self) -> dict[str, Any]:
-        return self._config
 
 
 # --- score -----------------------------------------------------------------------------------------------------------
@@ -303,6 +295,7 @@ def policy_parameters(lake: Lake, settings: RefreshSettings, seed: int) -> dict[
     parameters = settings.policy.model_dump() | {
         "sources": [source.name for source in source_list(lake, settings, seed)],
         "seed": str(seed),
+        "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
     }
     if settings.scenes.fault_share == 0:
         parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find

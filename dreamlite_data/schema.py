@@ -25,7 +25,7 @@ CONTENT: dict[str, pa.Schema] = {
     "captions": _schema(caption_id=ID, image_id=ID, style=ID, text=pa.string(), captioner=ID, op_version=ID),
     "edits": _schema(
         edit_id=ID, source_image_id=ID, target_image_id=ID, instruction=pa.string(), edit_type=ID, route=ID, parent_edit_id=ID,
-        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(),
+        op_version=ID, relation=ID, session_id=ID, turn=pa.int32(), rejected=pa.bool_(), reject_reason=pa.string(),
     ),
     # Every wording of a triplet's instruction; form is 'short', 'long' or what a source calls it.
     "instructions": _schema(
@@ -61,14 +61,28 @@ OPERATORS: dict[str, pa.Schema] = {
         subject_id=ID, op_version=ID, source=ID, domain=ID, shard=ID, source_key=ID, task=ID, image_id=ID, source_image_id=ID,
         caption_id=ID, edit_id=ID, notes=pa.string(), error=pa.string(), detail=pa.string(), shard_digest=ID,
     ),
+    # pixel_hash: XXH3-128 of the decoded pixels; written by ingest from its own decode, by the operator for other images.
     "op_quality": _schema(
-        subject_id=ID, op_version=ID, pixel_sha256=ID, phash=pa.uint64(), sharpness=pa.float32(), laplacian_variance=pa.float32(),
-        brightness=pa.float32(), contrast=pa.float32(), entropy_bits=pa.float32(), colourfulness=pa.float32(),
-        clipped_fraction=pa.float32(), error=pa.string(),
+        subject_id=ID, op_version=ID, pixel_hash=ID, phash=pa.uint64(), sharpness=pa.float32(), brightness=pa.float32(),
+        contrast=pa.float32(), entropy_bits=pa.float32(), colourfulness=pa.float32(), dark_fraction=pa.float32(),
+        light_fraction=pa.float32(), clipped_fraction=pa.float32(), error=pa.string(),
     ),
-    # kind: 'first' (opens its group), 'pixels' (same pixels, other bytes), 'near' (pHash within the radius).
-    "op_duplicates": _schema(subject_id=ID, op_version=ID, group_id=ID, kind=ID, distance=pa.int32(), error=pa.string()),
-    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), error=pa.string()),
+    # kind: 'first' (opens its group), 'pixels' (same pixels, other bytes), 'near' (pHash within the radius), 'linked' (near
+    # to a near one). pixel_hash and phash are repeated so that new rows meet the history in one scan; phash is null where
+    # the image is too small to be compared by it.
+    "op_duplicates": _schema(
+        subject_id=ID, op_version=ID, group_id=ID, kind=ID, distance=pa.int32(), pixel_hash=ID, phash=pa.uint64(), error=pa.string()
+    ),
+    # kind as in op_duplicates; similarity is the cosine to the nearest member that was there before, cluster its centroid.
+    "op_semantic": _schema(
+        subject_id=ID, op_version=ID, group_id=ID, kind=ID, similarity=pa.float32(), cluster=pa.int32(), error=pa.string()
+    ),
+    # One row per image, caption and triplet; benchmark is null where it meets none. distance in bits for kind 'near'.
+    "op_contamination": _schema(
+        subject_id=ID, op_version=ID, benchmark=ID, entry=pa.string(), kind=ID, distance=pa.int32(), error=pa.string()
+    ),
+    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
+    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
     "op_caption": _schema(
         subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
         reason=pa.string(), error=pa.string(),
@@ -81,8 +95,35 @@ OPERATORS: dict[str, pa.Schema] = {
         subject_id=ID, op_version=ID, in_language=pa.bool_(), matches=pa.bool_(), edited_fraction=pa.float32(),
         outside_fraction=pa.float32(), edit_mask=pa.binary(), reason=pa.string(), error=pa.string(),
     ),
+    # Further captions, one operator per captioner and style. `retry`: the call failed for a passing reason and is made again.
+    "op_describe": _schema(
+        subject_id=ID, op_version=ID, style=ID, captioner=ID, prompt_id=ID, caption_id=ID, text=pa.string(), reason=pa.string(),
+        retry=pa.bool_(), error=pa.string(),
+    ),
+    # `vector` has length 1. `similarity` is the cosine of a caption and its image, `clip_score` a hundred times that.
+    "op_embed": _schema(subject_id=ID, op_version=ID, model=ID, vector=pa.list_(pa.float32()), error=pa.string()),
+    "op_similarity": _schema(
+        subject_id=ID, op_version=ID, model=ID, similarity=pa.float32(), clip_score=pa.float32(), error=pa.string()
+    ),
+    # What was not asked for is null. `face_fraction`: share of the image's area inside face boxes.
+    "op_safety": _schema(
+        subject_id=ID, op_version=ID, nsfw=pa.float32(), nsfw_label=ID, faces=pa.int32(), face_fraction=pa.float32(),
+        watermark=pa.float32(), error=pa.string(),
+    ),
+    "op_text": _schema(
+        subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
+    ),
+    # verdict: 'pass', 'fail', or 'not_evaluated' where a required measure was not available; rule is the entry of verify_rules.yaml.
+    "op_verify_triplet": _schema(
+        subject_id=ID, op_version=ID, inside_change=pa.float32(), outside_change=pa.float32(), edited_fraction=pa.float32(),
+        structure_outside=pa.float32(), rule=ID, verdict=ID, failed=pa.list_(pa.string()), not_evaluated=pa.list_(pa.string()),
+        error=pa.string(),
+    ),
     # The highest position names the current version of each operator, so a setting that is turned back costs nothing.
     "operator_versions": _schema(name=ID, op_version=ID, config_json=pa.string(), position=pa.int64()),
+    # What a label of an origin means, and how much of each level1 a mix wants: the packaged taxonomy.yaml as rows.
+    "taxonomy": _schema(origin=ID, label=ID, level1=ID, level2=ID, version=pa.int32(), digest=ID),
+    "edit_quotas": _schema(mix=ID, category=ID, level1=ID, share=pa.float64(), version=pa.int32(), digest=ID),
 }  # fmt: skip
 
 DATASETS: dict[str, pa.Schema] = {
@@ -139,6 +180,9 @@ TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING, 
 
 CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
 """Tables in which a row is stored once however often a source brings it."""
+
+MEASURED_AT_INGEST = frozenset({"op_quality"})
+"""Operator tables that ingest fills as well, for images that may come again: one row per subject and version."""
 
 RECORD_TABLES = ("provider_scores", "preferences")
 """Tables whose rows belong to one record (record_id) and go when it is withdrawn or read again."""

@@ -40,11 +40,55 @@ class ScenesSettings(StrictSettings):
 
 class PhotosSettings(StrictSettings):
     """Photos out of the scikit-image and scikit-learn wheels, resized to `max_px` on the longer side.
-    `edits_per_image` exact edits (exposure, blur, ...) are made from each."""
+    `edits_per_image` exact edits (exposure, blur, ...) are made from each; `inverse_edits` adds the way back where it is exact."""
 
     enabled: bool = True
     max_px: int = Field(256, ge=64)
     edits_per_image: int = Field(3, ge=0)
+    inverse_edits: bool = False
+
+
+class CompositeSettings(StrictSettings):
+    """Edits made by pasting cut-outs onto photos: `per_image` of each photo (0: none), with the way back. `cutouts` is a folder of
+    PNG files with alpha and .txt captions; without it shapes are drawn."""
+
+    cutouts: Path | None = None
+    per_image: int = Field(0, ge=0, le=7)
+    inverse: bool = True
+
+
+class EditModelSettings(StrictSettings):
+    """Edits of photos by models, off without `editor`: `instructor` is a folder with a transformers image-text-to-text model that
+    proposes instructions, `editor` a folder with a diffusers editing pipeline. Of `tries` pictures the one that the edit reward
+    in `reward` likes best is kept if it reaches `min_reward`; the others stay as negatives."""
+
+    instructor: Path | None = None
+    editor: Path | None = None
+    reward: Path | None = None
+    per_image: int = Field(1, ge=1)
+    tries: int = Field(3, ge=1, le=64)
+    min_reward: float | None = None
+    inference_steps: int = Field(28, ge=1)
+    max_new_tokens: int = Field(256, ge=8, le=4096)
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _whole_or_off(self) -> EditModelSettings:
+        if self.editor is not None and self.instructor is None:
+            raise ValueError("refresh.edit_model.editor needs an instructor that says what to edit: give the folder of an image-text-to-text model")
+        if self.editor is not None and self.tries > 1 and self.reward is None:
+            raise ValueError("refresh.edit_model.tries above 1 needs a reward that chooses: give the folder of an EditReward, or set tries to 1")
+        if self.min_reward is not None and self.reward is None:
+            raise ValueError("refresh.edit_model.min_reward needs a reward: give the folder of an EditReward, or leave min_reward out")
+        return self
+
+
+class EditPairsSettings(StrictSettings):
+    """More triplets from verified ones of the small world, where its language can say them: the way back (`inverse`), and two
+    steps in one (`composed`: A to B and B to C give A to C)."""
+
+    inverse: bool = False
+    composed: bool = False
 
 
 class DownloadSettings(StrictSettings):
@@ -135,6 +179,23 @@ class IngestSettings(StrictSettings):
     rows_per_task: int = Field(1024, ge=1)
 
 
+class Benchmark(StrictSettings):
+    """A benchmark that training data must not contain: a folder of its images (with .txt sidecars), or a .txt, .csv or .jsonl
+    file of hashes, texts and canary strings."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    path: Path
+
+
+class SemanticSettings(StrictSettings):
+    """Groups of images that mean the same, by their embeddings. `max_distance` is 1 - cosine; `cells` 0 chooses their number
+    by the number of images."""
+
+    enabled: bool = False
+    max_distance: float = Field(0.05, gt=0, lt=1)
+    cells: int = Field(0, ge=0)
+
+
 class PolicySettings(StrictSettings):
     """Thresholds that the policy files name as $parameters. Changing one costs a query, never a measurement."""
 
@@ -144,11 +205,86 @@ class PolicySettings(StrictSettings):
     min_edited_fraction: float = 0.004
     max_outside_fraction: float = 0.02
     require_scene_language: bool = True
+    require_triplet_rules: bool = False
+    """Whether triplets of sources must pass the rules of their edit type (verify_rules.yaml); composites always must."""
     sft_share: float = Field(0.35, gt=0, le=1)
     rl_rows_per_task: int = Field(4000, ge=1)
     heldout_share: float = Field(0.05, ge=0, lt=1)
+    min_similarity: float | None = Field(None, gt=0, le=1)
+    max_nsfw: float | None = Field(None, gt=0, lt=1)
+    max_face_fraction: float | None = Field(None, gt=0, lt=1)
+    max_watermark: float | None = Field(None, gt=0, lt=1)
+    max_text_fraction: float | None = Field(None, gt=0, lt=1)
     allow_unanimous: tuple[str, ...] = ()
     """Rules ("dataset.rule", or "*") that may pass or reject every row without that being an error."""
+
+
+CaptionStyle = Literal["tag", "short", "medium", "dense"]
+
+
+class CaptionBackend(StrictSettings):
+    """Who writes captions, in which styles. The scene reader reads every image anyway, for verification; with styles it also
+    writes them. `transformers` takes `model` as a folder or hub id (with `revision`), `endpoint` as the name that the
+    OpenAI-compatible server at `base_url` serves; its key comes from the environment variable `key_variable`."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "key_variable", "timeout_s", "attempts", "concurrency", "tries", "num_gpus", "batch_images"}
+    )
+
+    backend: Literal["scene", "transformers", "endpoint"] = "scene"
+    styles: tuple[CaptionStyle, ...] = ()
+    model: str | None = None
+    revision: str | None = None
+    base_url: str | None = Field(None, pattern=r"^https?://[^\s]+$")
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    timeout_s: float = Field(60.0, gt=0, le=3600)
+    attempts: int = Field(3, ge=1, le=10)
+    concurrency: int = Field(8, ge=1, le=256)
+    tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
+    num_gpus: float = Field(0.0, ge=0)
+    batch_images: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_its_backend(self) -> CaptionBackend:
+        needed = {"scene": (), "transformers": ("model", "styles"), "endpoint": ("model", "base_url", "styles")}[self.backend]
+        missing = [name for name in needed if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"the captions backend {self.backend!r} also needs {' and '.join(missing)}")
+        foreign = {"scene": ("model", "revision", "base_url"), "transformers": ("base_url",), "endpoint": ("revision",)}[self.backend]
+        given = [name for name in foreign if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"the captions backend {self.backend!r} has no {' or '.join(given)}: take it out, or choose another backend")
+        return self
+
+    def name(self) -> str:
+        """What its captions are signed with."""
+        return "scene-reader" if self.model is None else self.model if self.backend == "endpoint" else Path(self.model).name
+
+
+class EmbedSettings(StrictSettings):
+    """A CLIP- or SigLIP-class model, as a folder or hub id with its revision; null: nothing is embedded."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset({"num_gpus", "batch_images"})
+
+    model: str | None = None
+    revision: str | None = None
+    num_gpus: float = Field(0.0, ge=0)
+    batch_images: int = Field(16, ge=1)
+
+
+class SafetySettings(StrictSettings):
+    """What to look for in every image. `nsfw` needs the extra of that name; `watermark` is the folder of an image classifier
+    that has a label with 'watermark' in it."""
+
+    nsfw: bool = False
+    faces: bool = False
+    watermark: str | None = None
+
+
+class TextSettings(StrictSettings):
+    """Reading words in images; `ocr` needs the extra of that name."""
+
+    ocr: bool = False
 
 
 class RefreshSettings(StrictSettings):
@@ -158,9 +294,40 @@ class RefreshSettings(StrictSettings):
 
     scenes: ScenesSettings = ScenesSettings()
     photos: PhotosSettings = PhotosSettings()
+    composite: CompositeSettings = CompositeSettings()
+    edit_model: EditModelSettings = EditModelSettings()
+    edit_pairs: EditPairsSettings = EditPairsSettings()
     extra_sources: tuple[ExtraSource, ...] = ()
     downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()
+    semantic: SemanticSettings = SemanticSettings()
+    benchmarks: tuple[Benchmark, ...] = ()
     policy: PolicySettings = PolicySettings()
+    captions: tuple[CaptionBackend, ...] = (CaptionBackend(),)
+    embed: EmbedSettings = EmbedSettings()
+    safety: SafetySettings = SafetySettings()
+    text: TextSettings = TextSettings()
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _caption_operators_differ(self) -> RefreshSettings:
+        names = [(backend.name(), style) for backend in self.captions for style in backend.styles]
+        twice = sorted({f"{name} ({style})" for name, style in names if names.count((name, style)) > 1})
+        if twice:
+            raise ValueError(f"refresh.captions asks twice for the captions of {', '.join(twice)}: name each model and style once")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_have_measures(self) -> RefreshSettings:
+        needs = {
+            "min_similarity": ("embed.model", self.embed.model),
+            "max_nsfw": ("safety.nsfw", self.safety.nsfw),
+            "max_face_fraction": ("safety.faces", self.safety.faces),
+            "max_watermark": ("safety.watermark", self.safety.watermark),
+            "max_text_fraction": ("text.ocr", self.text.ocr),
+        }
+        for rule, (measure, given) in needs.items():
+            if getattr(self.policy, rule) is not None and not given:
+                raise ValueError(f"refresh.policy.{rule} decides by what refresh.{measure} measures, which is off: set it, or leave the rule out")
+        return self

@@ -17,12 +17,15 @@ from flows.step import Edge, Step, StepContext, StepResult, step_id
 
 MEASURES = {
     "quality": ("quality", "duplicates"),
-    "caption": ("edit", "caption"),
-    "verify": ("verify_caption", "verify_edit"),
+    "caption": ("edit", "caption", "inspect"),
+    "verify": ("verify_caption", "verify_edit", "contamination", "semantic"),
 }
 """Which operators each measuring step runs."""
 
 REWARDS = ("generate", "edit")
+
+EDIT_FOLDERS = ("cutouts", "instructor", "editor", "reward")
+"""Settings of edit routes that name folders: their content counts (see `edit_folders`), not where they lie."""
 
 VIEWS = ("dreamlite_data.lake",)
 """Brings views.sql into a key: what a measurement or a policy reads is defined there."""
@@ -33,6 +36,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     settings, policy = config.refresh, config.refresh.policy
     code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
+    edit_routes = {"composite": spec_of(settings.composite, EDIT_FOLDERS), "edit_model": spec_of(settings.edit_model, EDIT_FOLDERS)}
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
     fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
     downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}
@@ -58,9 +62,27 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
         ),
         _measure_step(config, "quality", "ingest", {}, "Measure sharpness, contrast and near-duplicates."),
         _measure_step(
-            config, "caption", "quality", {"min_side_px": policy.min_side_px}, "Caption images and make edit triplets of photos."
+            config,
+            "caption",
+            "quality",
+            {"min_side_px": policy.min_side_px, **edit_routes, **_model_specs(settings)},
+            "Caption images, make edit triplets of photos, and measure with the models that the settings name.",
+            external=lambda: {
+                **edit_folders(settings), **{model: folder_digest(Path(model)) for model in _model_folders(settings)}
+            },
         ),
-        _measure_step(config, "verify", "caption", {}, "Check captions and edits against the pixels."),
+        _measure_step(
+            config,
+            "verify",
+            "caption",
+            {
+                "edit_pairs": spec_of(settings.edit_pairs),
+                "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
+                "semantic": spec_of(settings.semantic),
+            },
+            "Check captions and edits against the pixels, and everything against the benchmarks.",
+            external=lambda: {benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks},
+        ),
         Step(
             "score",
             _counts(
@@ -76,7 +98,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             "curate",
             lambda ctx: _curate(ctx, config),
             code,
-            spec={"policy": spec_of(policy)},
+            spec={"policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
             inputs=("score",),
             seed=config.seed,
             alone=VIEWS,
@@ -85,7 +107,37 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     ]
 
 
-def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str, Any], about: str) -> Step:
+def edit_folders(settings: RefreshSettings) -> dict[str, str]:
+    """{setting: digest} of the folders that edit routes read."""
+    models = settings.edit_model
+    named = {"cutouts": settings.composite.cutouts, "instructor": models.instructor, "editor": models.editor, "reward": models.reward}
+    return {name: folder_digest(Path(path)) for name, path in sorted(named.items()) if path is not None}
+
+
+def _model_specs(settings: RefreshSettings) -> dict[str, Any]:
+    """What decides which models measure, for a key."""
+    return {
+        "captions": [spec_of(backend) for backend in settings.captions],
+        "embed": spec_of(settings.embed),
+        "safety": spec_of(settings.safety),
+        "text": spec_of(settings.text),
+    }
+
+
+def _model_folders(settings: RefreshSettings) -> list[str]:
+    """Models given as folders: their content counts, wherever they lie."""
+    models = [backend.model for backend in settings.captions if backend.backend == "transformers"]
+    return [model for model in (*models, settings.embed.model, settings.safety.watermark) if model is not None and Path(model).is_dir()]
+
+
+def _measure_step(
+    config: PipelineConfig,
+    name: str,
+    before: str,
+    spec: dict[str, Any],
+    about: str,
+    external: Callable[[], dict[str, Any]] | None = None,
+) -> Step:
     settings, operators = config.refresh, MEASURES[name]
     return Step(
         name,
@@ -93,6 +145,7 @@ def _measure_step(config: PipelineConfig, name: str, before: str, spec: dict[str
         ("dreamlite_data.refresh",),
         spec={"operators": operators, **spec},
         inputs=(before,),
+        external=external,
         alone=VIEWS,
         about=about,
     )
@@ -192,6 +245,14 @@ def dataset_versions(ctx: StepContext, names: tuple[str, ...]) -> dict[str, int]
     return {name: datasets[name]["version"] for name in names}
 
 
+def content_digest(path: Path) -> str:
+    """Digest of a file's content, or of a folder as `folder_digest` takes it."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return folder_digest(path)
+
+
 def source_digest(source: ExtraSource) -> str:
     """What a source of the user's own holds now, so far as can be said without reading it: the content of its files and mapping, or of
     a hub dataset the commit that its revision stands for. Where URLs are fetched, a failure may have passed by tomorrow: then each
@@ -202,8 +263,7 @@ def source_digest(source: ExtraSource) -> str:
 
     parts = [identity(source)]
     if source.path.is_file():
-        with source.path.open("rb") as stream:
-            parts.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        parts.append(content_digest(source.path))
     elif source.kind == "huggingface" and not source.path.exists():
         parts.append(hub_commit(source))
     else:

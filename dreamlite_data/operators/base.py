@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dreamlite_data import schema
 
 ROW_GROUP_BYTES = 16 * 2**20
+PAGE_ROWS = 16  # of images: a page of a megabyte is copied within the cache, one of a whole row group is not
 
 
 class Operator(Protocol):
@@ -127,7 +128,7 @@ def write_table(table: str, rows: pa.Table, staging: Path, key: str) -> str:
         mean_bytes = max(1, rows["bytes"].nbytes // max(1, len(rows)))
         pq.write_table(
             rows, draft, compression="none", use_dictionary=False, write_statistics=narrow,
-            row_group_size=int(np.clip(ROW_GROUP_BYTES // mean_bytes, 16, 16384)),
+            row_group_size=int(np.clip(ROW_GROUP_BYTES // mean_bytes, 16, 16384)), write_batch_size=PAGE_ROWS,
         )  # fmt: skip
     else:
         pq.write_table(rows, draft, compression="zstd")

@@ -1,128 +1,200 @@
-"""Make edit triplets from photos by exact operators (exposure, blur, ...): instruction, target and their fit are certain.
-The instructor chooses what to ask for, the editor does it; both work with no weights."""
+"""Make edit triplets: the instructor says what to ask for, the editor does it, this operator keeps what came of it.
+A route is such a pair; rejected tries are kept too, as negatives, with their reason."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from scipy import ndimage
 
 from dreamlite_data import schema
 from dreamlite_data.images import decode_stored, encode_png
 from dreamlite_data.operators.base import by_row
+from dreamlite_data.operators.change import LEAST_CHANGE, changed_pixels, encode_mask
+from dreamlite_data.operators.draw import pick, shuffled
+from dreamlite_data.operators.exact import OPERATIONS, Operation, Pixels, Words
 from dreamlite_data.operators.ingest import edit_id
 
-Pixels = np.ndarray  # uint8 [H, W, 3]
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One wording of an instruction: `form` is 'short' or 'long', `prompt_id` names the template or prompt it came from."""
+
+    form: str
+    text: str
+    prompt_id: str
 
 
-def _float_edit(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Pixels], Pixels]:
-    return lambda pixels: np.clip(np.rint(change(pixels.astype(np.float32))), 0, 255).astype(np.uint8)
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an instructor asks for. `instruction` is the wording that stands in the triplet and one of `forms`; `plan` is
+    what the editor needs beyond the words."""
+
+    edit_type: str
+    instruction: str
+    forms: tuple[Form, ...]
+    plan: Any = None
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    return np.repeat((values @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None], 3, axis=2)
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """One triplet made for a request. None for `source` or `target` is the subject image itself; `mask`, bool [H, W], is
+    where the edit belongs, where the route knows; `relation` is '' or 'inverse' (of the try before it); `reject_reason`
+    says why it is a negative."""
 
-
-EXACT_EDITS: dict[str, tuple[str, Callable[[Pixels], Pixels]]] = {
-    "make the picture brighter": ("exposure", _float_edit(lambda values: values * 1.4)),
-    "make the picture darker": ("exposure", _float_edit(lambda values: values * 0.6)),
-    "blur the picture": ("blur", _float_edit(lambda values: ndimage.gaussian_filter(values, (2.0, 2.0, 0)))),
-    "turn the picture black and white": ("greyscale", _float_edit(_grey)),
-    "mirror the picture from left to right": ("mirror", lambda pixels: np.ascontiguousarray(pixels[:, ::-1])),
-    "raise the contrast of the picture": ("contrast", _float_edit(lambda values: (values - 128) * 1.5 + 128)),
-    "give the picture warmer colours": ("warmth", _float_edit(lambda values: values * np.array([1.15, 1.0, 0.8], np.float32))),
-}
-"""Instruction -> (edit type, the operation)."""
+    request: Request
+    target: Pixels | None
+    source: Pixels | None = None
+    mask: np.ndarray | None = None
+    relation: str = ""
+    reject_reason: str | None = None
 
 
 class Instructor(Protocol):
-    """Writes edit instructions for an image."""
+    """Says what to ask for, in order of preference. `digest` names weights or data behind it. One with a model has a method
+    `prepare()` that loads it, as may an editor."""
 
     name: str
+    digest: str
 
-    def instructions(self, pixels: Pixels, image_id: str, count: int) -> list[str]: ...
+    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]: ...
 
 
 class Editor(Protocol):
-    """Makes the target of an instruction; None where it cannot follow it."""
+    """Makes pictures for a request; no try at all where it cannot follow."""
 
     name: str
+    digest: str
 
-    def edit(self, pixels: Pixels, instruction: str) -> Pixels | None: ...
+    def tries(self, pixels: Pixels, image_id: str, request: Request) -> list[Try]: ...
+
+
+def said(edit_type: str, forms: list[Form], *parts: object, plan: Any = None) -> Request:
+    """A request whose instruction is drawn from `forms` by `parts`."""
+    return Request(edit_type, pick(forms, "wording", *parts).text, tuple(forms), plan)
 
 
 class ExactInstructor:
-    """Draws from the exact edits, by the image's own id."""
+    """Draws from the exact operations that fit the picture, by the image's own id."""
 
     name = "exact"
+    digest = "templates"
 
-    def instructions(self, pixels: Pixels, image_id: str, count: int) -> list[str]:
-        order = sorted(EXACT_EDITS, key=lambda words: hashlib.sha256(f"{image_id}{words}".encode()).digest())
-        return order[:count]
+    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]:
+        for operation in shuffled(list(OPERATIONS.values()), "exact", image_id):
+            if operation.fits(pixels):
+                yield exact_request(operation, operation.words, image_id)
+
+
+def exact_request(operation: Operation, words: Words, image_id: str) -> Request:
+    """`words` of an operation as a request, with every wording as a form."""
+    forms = [Form(*form) for form in operation.forms(words, image_id)]
+    return said(words.edit_type, forms, operation.name, image_id, plan=operation)
 
 
 class ExactEditor:
-    """Applies an exact edit, pixel by pixel."""
+    """Does an exact operation, pixel by pixel; `inverse` adds the way back where it is exact."""
 
     name = "exact"
 
-    def edit(self, pixels: Pixels, instruction: str) -> Pixels | None:
-        found = EXACT_EDITS.get(instruction)
-        return found[1](pixels) if found else None
+    def __init__(self, inverse: bool = False) -> None:
+        self.inverse = inverse
+        self.digest = "with inverse" if inverse else "forward"
+
+    def tries(self, pixels: Pixels, image_id: str, request: Request) -> list[Try]:
+        operation: Operation = request.plan
+        target = operation(pixels, image_id)
+        if changed_pixels(pixels, target).mean() < LEAST_CHANGE:
+            return []
+        found = [Try(request, target)]
+        if self.inverse and operation.inverse is not None and operation.can_be_undone(pixels, image_id):
+            found.append(Try(exact_request(operation, operation.inverse, image_id), None, source=target, relation="inverse"))
+        return found
 
 
 class Edit:
-    """Operator over photos: makes `count` triplets of each. Targets become images, triplets rows of `edits`."""
+    """Operator over photos: makes `count` accepted triplets of each. Pictures become images, triplets rows of `edits`,
+    their wordings rows of `instructions`, known masks rows of `edit_masks`."""
 
-    name = "edit"
-    version = 1
+    version = 2
     reads = ("image_id", "bytes")
     table = "op_edit"
-    resources = {"num_cpus": 1.0}
     schema = schema.OPERATORS["op_edit"]
 
-    def __init__(self, count: int, instructor: Instructor | None = None, editor: Editor | None = None) -> None:
+    def __init__(
+        self, count: int, instructor: Instructor | None = None, editor: Editor | None = None, name: str = "edit", gpus: float = 0.0
+    ) -> None:
         self.count, self.instructor, self.editor = count, instructor or ExactInstructor(), editor or ExactEditor()
-        self._made: dict[str, list[tuple[str, Pixels]]] = {}
+        self.name, self.resources = name, {"num_cpus": 1.0} | ({"num_gpus": gpus} if gpus else {})
+        self._rows: dict[str, dict[str, dict[str, Any]]] = {}
 
     def config(self) -> dict[str, Any]:
-        return {"count": self.count, "instructor": self.instructor.name, "editor": self.editor.name}
+        return {
+            "count": self.count, "instructor": self.instructor.name, "editor": self.editor.name,
+            "instructor_digest": self.instructor.digest, "editor_digest": self.editor.digest,
+        }  # fmt: skip
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        self._made = {}
+        self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks")}
+        for part in (self.instructor, self.editor):
+            if hasattr(part, "prepare"):
+                part.prepare()  # a model that is not there is the user's mistake, not a bad row: it must end the run
         return by_row(self._one, rows, "image_id", self.schema)
 
     def _one(self, row: dict[str, Any]) -> dict[str, Any]:
-        pixels = decode_stored(row["bytes"])
-        tries = [
-            (words, self.editor.edit(pixels, words))
-            for words in self.instructor.instructions(pixels, row["image_id"], self.count)
-        ]
-        made = [(words, target) for words, target in tries if target is not None]
-        self._made[row["image_id"]] = made
-        return {"edits": len(made)}
+        pixels, image_id = decode_stored(row["bytes"]), row["image_id"]
+        made: list[str] = []
+        accepted = 0
+        for request in self.instructor.requests(pixels, image_id):
+            if accepted == self.count:
+                break
+            parent = None
+            for attempt in self.editor.tries(pixels, image_id, request):
+                parent = self._store(attempt, image_id, parent)
+                made.append(parent)
+                accepted += attempt.reject_reason is None and attempt.relation == ""
+        return {"edits": accepted, "edit_ids": sorted(set(made))}
+
+    def _store(self, attempt: Try, image_id: str, before: str | None) -> str:
+        source_id = image_id if attempt.source is None else self._image(attempt.source)
+        target_id = image_id if attempt.target is None else self._image(attempt.target)
+        identity = edit_id(source_id, target_id, attempt.request.instruction)
+        self._rows["edits"].setdefault(identity, {
+            "edit_id": identity, "source_image_id": source_id, "target_image_id": target_id,
+            "instruction": attempt.request.instruction, "edit_type": attempt.request.edit_type, "route": self.editor.name,
+            "parent_edit_id": before if attempt.relation else None, "relation": attempt.relation,
+            "rejected": attempt.reject_reason is not None, "reject_reason": attempt.reject_reason,
+        })  # fmt: skip
+        for row in instruction_rows(identity, attempt.request.forms, self.instructor.name):
+            self._rows["instructions"].setdefault(row["instruction_id"], row)
+        if attempt.mask is not None:
+            self._rows["edit_masks"].setdefault(identity, {
+                "edit_id": identity, "mask_png": encode_mask(attempt.mask), "mask_fraction": float(attempt.mask.mean()), "origin": self.editor.name,
+            })  # fmt: skip
+        return identity
+
+    def _image(self, pixels: Pixels) -> str:
+        payload = encode_png(pixels)
+        identity = hashlib.sha256(payload).hexdigest()
+        self._rows["images"].setdefault(identity, {
+            "image_id": identity, "bytes": payload, "mime": "image/png", "width": pixels.shape[1], "height": pixels.shape[0],
+            "size_bytes": len(payload),
+        })  # fmt: skip
+        return identity
 
     def side_tables(self, rows: pa.Table, answer: pa.Table) -> dict[str, pa.Table]:
-        """The targets and the triplets of the call just made."""
-        images, edits = {}, {}
-        for source_id, made in self._made.items():
-            for words, pixels in made:
-                payload = encode_png(pixels)
-                target_id = hashlib.sha256(payload).hexdigest()
-                images[target_id] = {
-                    "image_id": target_id, "bytes": payload, "mime": "image/png", "width": pixels.shape[1],
-                    "height": pixels.shape[0], "size_bytes": len(payload),
-                }  # fmt: skip
-                identity = edit_id(source_id, target_id, words)
-                edits[identity] = {
-                    "edit_id": identity, "source_image_id": source_id, "target_image_id": target_id, "instruction": words,
-                    "edit_type": EXACT_EDITS[words][0] if words in EXACT_EDITS else None, "route": self.editor.name,
-                }  # fmt: skip
-        return {
-            "images": schema.rows_table("images", [images[key] for key in sorted(images)]),
-            "edits": schema.rows_table("edits", [edits[key] for key in sorted(edits)]),
-        }
+        """The pictures, triplets, wordings and masks of the call just made."""
+        return {name: schema.rows_table(name, [found[key] for key in sorted(found)]) for name, found in self._rows.items()}
+
+
+def instruction_rows(identity: str, forms: Iterable[Form], instructor: str) -> list[dict[str, Any]]:
+    """Rows of `instructions` for one triplet."""
+    return [
+        {"instruction_id": hashlib.sha256(f"{identity}\0{form.form}\0{form.text}".encode()).hexdigest(), "edit_id": identity,
+         "form": form.form, "text": form.text, "instructor": instructor, "prompt_id": form.prompt_id}
+        for form in forms
+    ]  # fmt: skip

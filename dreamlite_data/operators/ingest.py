@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dreamlite_data import images, schema, sources
 from dreamlite_data.operators import ingest_rows
-from dreamlite_data.operators.base import Written, stamp, write_table
+from dreamlite_data.operators.appearance import Appearance
+from dreamlite_data.operators.base import Written, op_version, stamp, write_table
+from dreamlite_data.operators.quality import Quality, quality_rows, said
 from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources.base import Record, Unit
 
@@ -32,7 +37,8 @@ TABLES = ("images", "provenance", "captions", "edits", *ingest_rows.SIDE_TABLES,
 
 
 class Ingest:
-    """Operator over raw files: `payload` in, the bytes to store and what was done to them out."""
+    """Operator over raw files: `payload` in, the bytes to store and what was done to them out. How the images look comes
+    from the same decode, as rows of op_quality."""
 
     name = "ingest"
     version = 1
@@ -53,22 +59,39 @@ class Ingest:
         return self.settings.model_dump(exclude={"rows_per_task", "folder_files_per_task"})
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        answers = []
-        for subject, payload in zip(rows["subject_id"].to_pylist(), rows["payload"].to_pylist(), strict=True):
-            try:
-                answers.append({"subject_id": subject, **self._one(payload)})
-            except images.BadImage as bad:
-                answers.append({"subject_id": subject, "error": bad.reason, "detail": bad.detail[:500]})
-            except Exception as error:  # a decoder's own bug must cost one row, not the night
-                answers.append({"subject_id": subject, "error": "decoder_failed", "detail": f"{type(error).__name__}: {error}"[:500]})
-        return pa.Table.from_pylist(answers, schema=self.schema)
+        answers, _ = self.examine([payload.as_py() for payload in rows["payload"]])
+        named = [{"subject_id": subject, **answer} for subject, answer in zip(rows["subject_id"].to_pylist(), answers, strict=True)]
+        return pa.Table.from_pylist(named, schema=self.schema)
 
-    def _one(self, payload: bytes) -> dict[str, Any]:
+    def examine(self, payloads: Sequence[bytes]) -> tuple[list[dict[str, Any]], pa.Table]:
+        """One answer per payload, with the columns of `schema` but the subject; and rows of op_quality, one per good image
+        in the order of the payloads. Each file is decoded once."""
+        answers: list[dict[str, Any]] = []
+        looks, ids, errors = Appearance(), [], []
+        for payload in payloads:
+            try:
+                answer, pixels = self._one(payload)
+            except images.BadImage as bad:
+                answers.append({"error": bad.reason, "detail": bad.detail[:500]})
+                continue
+            except Exception as error:  # a decoder's own bug must cost one row, not the night
+                answers.append({"error": "decoder_failed", "detail": f"{type(error).__name__}: {error}"[:500]})
+                continue
+            try:
+                looks.add(pixels)
+                errors.append(None)
+            except Exception as error:
+                errors.append(said(error))
+            ids.append(answer["image_id"])
+            answers.append(answer)
+        return answers, quality_rows(ids, looks, errors)
+
+    def _one(self, payload: bytes) -> tuple[dict[str, Any], np.ndarray]:
         decoded = images.decode(payload, self.settings)
         kept = payload if decoded.plain else images.encode_png(decoded.pixels)
         height, width = decoded.pixels.shape[:2]
         original = hashlib.sha256(payload).hexdigest()
-        return {
+        answer = {
             "image_id": original if decoded.plain else hashlib.sha256(kept).hexdigest(),
             "bytes": kept,
             "mime": decoded.mime if decoded.plain else "image/png",
@@ -78,7 +101,9 @@ class Ingest:
             "original_mime": decoded.mime,
             "original_sha256": original,
             "notes": "; ".join(decoded.notes) or None,
+            "error": None,
         }
+        return answer, decoded.pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +119,7 @@ class IngestTask:
 def ingest_task(task: IngestTask) -> Written:
     """Runs on a worker: read the units, normalise their images, write one Parquet file per table."""
     operator = Ingest(task.settings)
+    looks: list[pa.Table] = []
     rows: dict[str, list[dict]] = {name: [] for name in TABLES}
     for unit in task.units:
         shard = {"subject_id": f"{unit.source}/{unit.shard}", "source": unit.source, "shard": unit.shard, "digest": unit.digest}
@@ -102,12 +128,16 @@ def ingest_task(task: IngestTask) -> Written:
         except sources.ShardError as error:
             rows["op_shard"].append({**shard, "rows": 0, "failed": 0, "error": str(error)})
             continue
-        failed = _ingest_records(operator, unit, records, rows)
+        failed = _ingest_records(operator, unit, records, rows, looks)
         rows["op_shard"].append({**shard, "rows": len(records), "failed": failed})
     tables = {name: stamp(name, schema.rows_table(name, found), task.version) for name, found in rows.items() if found}
     for name, key_column in schema.CONTENT_KEYS.items():
         if name in tables:
             tables[name] = first_of_each(tables[name], key_column)
+    if "images" in tables:
+        seen = first_of_each(pa.concat_tables(looks), "subject_id")
+        seen = seen.filter(pc.is_in(seen["subject_id"], tables["images"]["image_id"]))  # half a triplet is not stored
+        tables["op_quality"] = stamp("op_quality", seen, op_version(Quality()))
     key = hashlib.sha256((task.version + "".join(unit.source + unit.shard + unit.digest for unit in task.units)).encode()).hexdigest()[:24]
     files = {name: write_table(name, table, Path(task.staging), key) for name, table in tables.items()}
     records_read = len(rows["op_ingest"])
@@ -122,17 +152,14 @@ def first_of_each(rows: pa.Table, key: str) -> pa.Table:
     return rows.take(pa.array([first[value] for value in sorted(first)], pa.int64()))
 
 
-def _ingest_records(operator: Ingest, unit: Unit, records: list[Record], rows: dict[str, list[dict]]) -> int:
-    subjects, payloads, owners = [], [], []
-    for index, record in enumerate(records):
-        if record.error is None:
-            for role, payload in record.images.items():
-                subjects.append(f"{index}:{role}")
-                payloads.append(payload)
-                owners.append((index, role))
-    given = pa.table({"subject_id": pa.array(subjects, pa.string()), "payload": pa.array(payloads, pa.binary())})
+def _ingest_records(
+    operator: Ingest, unit: Unit, records: list[Record], rows: dict[str, list[dict]], looks: list[pa.Table]
+) -> int:
+    owners = [(index, role) for index, record in enumerate(records) if record.error is None for role in record.images]
+    answers, quality = operator.examine([records[index].images[role] for index, role in owners])
+    looks.append(quality)
     results: dict[int, dict[str, dict]] = {}
-    for (index, role), result in zip(owners, operator(given).to_pylist(), strict=True):
+    for (index, role), result in zip(owners, answers, strict=True):
         results.setdefault(index, {})[role] = result
     failed = 0
     for index, record in enumerate(records):
@@ -151,7 +178,7 @@ def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str
     entry: dict[str, Any] = {
         "subject_id": record_id, "source": unit.source, "domain": unit.domain, "shard": unit.shard, "source_key": record.key,
         "task": record.task, "shard_digest": unit.digest, "error": record.error, "detail": record.detail,
-        "notes": "; ".join([*record.notes, *(f"{result['notes']}" for result in found.values() if result["notes"])]) or None,
+        "notes": "; ".join([*record.notes, *(f"{result['notes']}" for result in found.values() if result.get("notes"))]) or None,
         "image_id": None, "source_image_id": None, "caption_id": None, "edit_id": None,
     }  # fmt: skip
     rows["op_ingest"].append(entry)

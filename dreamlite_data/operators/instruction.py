@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from dreamlite_data.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, STYLES, Edit, Scene, SceneObject
+from dreamlite_data.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, STYLES, Edit, Scene, SceneObject, apply_edit
 
 
 def _one_of(name: str, words: object) -> str:
@@ -36,6 +36,10 @@ _FORMS: tuple[tuple[str, str | None, str], ...] = (
 )
 """Kind, the field of the object that changes, and the words; exactly one form fits an instruction."""
 
+JOINT = ", then "
+"""Stands between the steps of a composed instruction."""
+MOST_STEPS = 4
+
 _PATTERNS = [(kind, field, re.compile(form)) for kind, field, form in _FORMS]
 
 
@@ -62,3 +66,25 @@ def parse_instruction(text: str, scene: Scene | None) -> tuple[Edit | None, str]
     if kind == "remove":
         return Edit(kind, before=named[0]), ""
     return Edit(kind, before=named[0], after=dataclasses.replace(named[0], **{str(field): words["to"]})), ""
+
+
+def parse_steps(text: str, scene: Scene | None) -> tuple[list[Edit] | None, str]:
+    """The edits that a composed instruction ("remove the red circle, then make the background white") asks for, one after
+    the other; a plain instruction is one step. None and why as in `parse_instruction`."""
+    steps: list[Edit] = []
+    here = scene
+    parts = text.split(JOINT)
+    for part in parts if len(parts) <= MOST_STEPS else [text]:
+        edit, reason = parse_instruction(part, here)
+        if edit is None:
+            return None, reason
+        steps.append(edit)
+        here = apply_steps(here, [edit]) if here is not None else None
+    return steps, ""
+
+
+def apply_steps(scene: Scene, steps: list[Edit]) -> Scene:
+    """The scene after all steps."""
+    for edit in steps:
+        scene = apply_edit(scene, edit)
+    return scene

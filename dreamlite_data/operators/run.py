@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from dreamlite_data.lake import Lake, insert, register_files
 from dreamlite_data.operators.base import Operator, Task, Written, op_version, run_task, write_table
 from dreamlite_data.progress import Progress
 from dreamlite_data.tombstones import free_of_forgotten
+
+TASKS_PER_QUERY = 32
+"""Inputs of so many tasks are read together: a query per task would scan the subjects once per task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +39,11 @@ def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, ro
     """Run one operator over its pending rows. Returns how many rows it measured and how many of them failed."""
     operator = measurement.make()
     version = op_version(operator)
-    rows = pending(lake, measurement.subjects, operator.table, version)
+    subjects = waiting(lake, measurement, operator.table, version)
     measured = failed = 0
-    if len(rows):
-        tasks = cut(lake, measurement, rows, version, rows_per_task)
-        with Progress(operator.name, total=len(rows), unit="rows") as bar:
+    if len(subjects):
+        tasks = cut(lake, measurement, subjects, version, rows_per_task)
+        with Progress(operator.name, total=len(subjects), unit="rows") as bar:
             for written in executor.map(run_task, tasks, operator.resources):
                 commit(lake, written)
                 measured += written.rows
@@ -48,6 +51,24 @@ def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, ro
                 bar.advance(written.rows, failed=failed)
     make_current(lake, operator.name, version, operator.config())
     return {"rows": measured, "failed": failed}
+
+
+def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> pa.Table:
+    """One column, subject_id, of the pending rows: in the order of their images' files, so that a file is read once, or of
+    their ids. It is all that is held of a night's work at a time."""
+    names = lake.query(f"DESCRIBE SELECT * FROM ({measurement.subjects})")["column_name"].to_pylist()
+    open_rows = (
+        f"SELECT s.* FROM ({measurement.subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d "
+        f"ON d.subject_id = s.{names[0]}"
+    )
+    main = next(iter(measurement.image_columns.values()), None)
+    if main is None:
+        return lake.query(f"SELECT {names[0]} AS subject_id FROM ({open_rows}) ORDER BY 1", {"version": version})
+    return lake.query(
+        f"SELECT s.{names[0]} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
+        "ORDER BY images.filename, images.file_row_number, 1",
+        {"version": version},
+    )
 
 
 def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:
@@ -60,34 +81,41 @@ def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:
     )
 
 
-def cut(lake: Lake, measurement: Measurement, rows: pa.Table, version: str, rows_per_task: int) -> list[Task]:
-    """Tasks of at most `rows_per_task` rows; rows whose images lie in one file stay together, so a file is read once."""
-    places: dict[str, tuple[str, int]] = {}
-    if measurement.image_columns:
-        ids = pc.unique(pa.chunked_array([chunk for column in measurement.image_columns.values() for chunk in rows[column].chunks]))
-        found = lake.query(
-            "SELECT image_id, filename, file_row_number FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
-            wanted=pa.table({"id": ids}),
+def cut(lake: Lake, measurement: Measurement, subjects: pa.Table, version: str, rows_per_task: int) -> Iterator[Task]:
+    """Tasks of at most `rows_per_task` of the `subjects` in their order, each read from the lake when it is asked for.
+    Raises LookupError where an image is referred to but not stored."""
+    first = lake.query(f"DESCRIBE SELECT * FROM ({measurement.subjects})")["column_name"][0].as_py()
+    for start in range(0, len(subjects), rows_per_task * TASKS_PER_QUERY):
+        portion = subjects.slice(start, rows_per_task * TASKS_PER_QUERY)
+        portion = portion.append_column("at", pa.array(np.arange(len(portion))))
+        rows = lake.query(
+            f"SELECT s.* FROM ({measurement.subjects}) s JOIN portion ON portion.subject_id = s.{first} ORDER BY portion.at", portion=portion
         )
-        places = {
-            image_id: (file, row)
-            for image_id, file, row in zip(*(found[name].to_pylist() for name in found.column_names), strict=True)
-        }
-        lost = [image_id for image_id in ids.to_pylist() if image_id not in places]
-        if lost:
-            raise LookupError(f"{len(lost)} images are referred to but not stored, the first is {lost[0]}")
-        main = next(iter(measurement.image_columns.values()))
-        order = sorted(range(len(rows)), key=[places[image_id] for image_id in rows[main].to_pylist()].__getitem__)
-        rows = rows.take(pa.array(order, pa.int64()))
-    tasks = []
-    for start in range(0, len(rows), rows_per_task):
-        part = rows.slice(start, rows_per_task).combine_chunks()
-        needed = {image_id for column in measurement.image_columns.values() for image_id in part[column].to_pylist()}
-        tasks.append(Task(
-            measurement.make, version, part, dict(measurement.image_columns), {image_id: places[image_id] for image_id in needed},
-            str(lake.staging),
-        ))  # fmt: skip
-    return tasks
+        places = _places(lake, measurement, rows)
+        for begin in range(0, len(rows), rows_per_task):
+            part = rows.slice(begin, rows_per_task).combine_chunks()
+            needed = {image_id for column in measurement.image_columns.values() for image_id in part[column].to_pylist()}
+            yield Task(
+                measurement.make, version, part, dict(measurement.image_columns), {image_id: places[image_id] for image_id in needed},
+                str(lake.staging),
+            )  # fmt: skip
+
+
+def _places(lake: Lake, measurement: Measurement, rows: pa.Table) -> dict[str, tuple[str, int]]:
+    """{image id: (file, row)} of every image that `rows` refer to."""
+    if not measurement.image_columns:
+        return {}
+    ids = pc.unique(pa.chunked_array([chunk for column in measurement.image_columns.values() for chunk in rows[column].chunks]))
+    found = lake.query(
+        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
+        wanted=pa.table({"id": ids}),
+    )
+    columns = (found[name].to_pylist() for name in ("image_id", "filename", "file_row_number"))
+    places = {image_id: (file, row) for image_id, file, row in zip(*columns, strict=True)}
+    lost = [image_id for image_id in ids.to_pylist() if image_id not in places]
+    if lost:
+        raise LookupError(f"{len(lost)} images are referred to but not stored, the first is {lost[0]}")
+    return places
 
 
 def commit(lake: Lake, written: Written, withdraw: list[tuple[str, str]] | None = None) -> None:
@@ -122,11 +150,12 @@ def delete_records(connection: Any, shards: list[tuple[str, str]]) -> None:
 
 def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
     """The worker's file without content that is stored already; None where nothing is left."""
-    key = schema.CONTENT_KEYS.get(table)
-    if key is None:
+    keys = [schema.CONTENT_KEYS[table]] if table in schema.CONTENT_KEYS else ["subject_id", "op_version"]
+    if table not in schema.CONTENT_KEYS and table not in schema.MEASURED_AT_INGEST:
         return path
-    ids = pq.read_table(path, columns=[key])
-    known = lake.query(f"SELECT {key} AS id FROM {table} SEMI JOIN ids ON ids.{key} = {table}.{key}", ids=ids)["id"]
+    key, ids = keys[0], pq.read_table(path, columns=keys)
+    equal = " AND ".join(f"ids.{column} = {table}.{column}" for column in keys)
+    known = lake.query(f"SELECT {key} AS id FROM {table} SEMI JOIN ids ON {equal}", ids=ids)["id"]
     if not len(known):
         return path
     keep = np.asarray(pc.invert(pc.is_in(ids[key], known)))

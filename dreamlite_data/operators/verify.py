@@ -3,6 +3,7 @@ Also measures what changed between source and target, where it changed, and whet
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,10 @@ from scipy import ndimage
 from dreamlite_data import scenes, schema
 from dreamlite_data.images import decode_stored
 from dreamlite_data.operators.base import by_row
-from dreamlite_data.operators.edit import EXACT_EDITS
-from dreamlite_data.operators.instruction import parse_instruction
+from dreamlite_data.operators.change import CHANGED_LEVELS, MASK_CELLS, changed_pixels, mask_cells
+from dreamlite_data.operators.exact import is_exact
+from dreamlite_data.operators.instruction import apply_steps, parse_steps
 
-CHANGED_LEVELS = 12  # largest channel difference of a pixel that still counts as unchanged: JPEG and resize noise
-MASK_CELLS = 8
 DRIFT_PX = 3.0
 
 
@@ -56,7 +56,7 @@ class VerifyEdit:
     """Operator over triplets with both images and both readings."""
 
     name = "verify_edit"
-    version = 1
+    version = 2
     reads = ("edit_id", "instruction", "source_bytes", "target_bytes", "source_scene", "target_scene")
     table = "op_verify_edit"
     resources = {"num_cpus": 1.0}
@@ -83,19 +83,20 @@ class VerifyEdit:
             "edited_fraction": float(changed.mean()), "outside_fraction": None, "edit_mask": mask_cells(changed),
             "in_language": False, "matches": False, "reason": None,
         }  # fmt: skip
-        exact = EXACT_EDITS.get(row["instruction"])
-        if exact is not None:
-            same = np.array_equal(exact[1](source), target)
+        # An image's id is the hash of its stored bytes, and the amounts of an exact operation come from the id.
+        ids = [hashlib.sha256(row[name]).hexdigest() for name in ("source_bytes", "target_bytes")]
+        same = is_exact(row["instruction"], source, ids[0], target, ids[1])
+        if same is not None:
             reason = None if same else "the target is not what the operation gives"
             return answer | {"in_language": True, "matches": same, "outside_fraction": 0.0 if same else None, "reason": reason}
         seen = scenes.Scene.from_json(row["source_scene"]) if row["source_scene"] else None
         shown = scenes.Scene.from_json(row["target_scene"]) if row["target_scene"] else None
-        edit, reason = parse_instruction(row["instruction"], seen)
-        answer["in_language"] = edit is not None or reason != "unknown"
-        if edit is None or seen is None:
+        steps, reason = parse_steps(row["instruction"], seen)
+        answer["in_language"] = steps is not None or reason != "unknown"
+        if steps is None or seen is None:
             text = "the instruction is not in the language of scenes" if reason == "unknown" else reason
             return answer | {"reason": text}
-        wanted = scenes.apply_edit(seen, edit)
+        wanted = apply_steps(seen, steps)
         answer["outside_fraction"] = float((changed & ~allowed_area(seen, wanted)).mean())
         return answer | _compare(seen, wanted, shown)
 
@@ -110,22 +111,6 @@ def _compare(source: scenes.Scene, wanted: scenes.Scene, shown: scenes.Scene | N
         if item in wanted.objects and np.hypot(*np.subtract(places[item.key()], item.centre_px())) > DRIFT_PX:
             return {"matches": False, "reason": f"the {item.colour} {item.shape} moved although the edit leaves it alone"}
     return {"matches": True, "reason": None}
-
-
-def changed_pixels(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """bool [H, W]: where uint8 [H, W, 3] images differ by more than CHANGED_LEVELS in any channel."""
-    return np.abs(source.astype(np.int16) - target.astype(np.int16)).max(-1) > CHANGED_LEVELS
-
-
-def mask_cells(changed: np.ndarray) -> bytes:
-    """The edit mask: share of changed pixels of bool [H, W] in each of 8 x 8 cells, as 64 bytes of 0..255."""
-    height, width = changed.shape
-    rows = (np.arange(height) * MASK_CELLS) // height
-    columns = (np.arange(width) * MASK_CELLS) // width
-    cell = rows[:, None] * MASK_CELLS + columns[None, :]
-    total = np.bincount(cell.ravel(), minlength=MASK_CELLS**2)
-    hit = np.bincount(cell.ravel(), weights=changed.ravel(), minlength=MASK_CELLS**2)
-    return np.rint(255 * hit / np.maximum(total, 1)).astype(np.uint8).tobytes()
 
 
 def allowed_area(source: scenes.Scene, wanted: scenes.Scene) -> np.ndarray:

@@ -7,12 +7,15 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dreamlite_data import schema
 from dreamlite_data.lake import Lake, insert
+from dreamlite_data.policies.candidates import candidates_sql
 from dreamlite_data.policies.committed import check_sql, committed_policies
-from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, read_policy
+from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, parameters_of, read_policy
 
 DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
 """In the order in which they are made: later ones draw from earlier ones."""
@@ -20,6 +23,7 @@ DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
 # rejects the first fifty rejects everything.
 PASS_ALL_ROWS = 1000
 REJECT_ALL_ROWS = 50
+DIGEST_ROWS = 65536
 ROW_COLUMNS = ("row_id", *REQUIRED_COLUMNS[1:], "split")
 
 
@@ -29,8 +33,9 @@ class CurationError(RuntimeError):
 
 def curate(lake: Lake, parameters: dict[str, Any], datasets: tuple[str, ...] = DATASETS) -> list[dict[str, Any]]:
     """Make the current version of each dataset that has candidates; returns name, version, rows, digest of each.
-    `parameters` are the policy settings and `sources`, `seed`; `allow_unanimous` lists rules that may be unanimous.
-    A policy that a user committed stands in for the packaged one of its name, or adds a dataset of its own."""
+    `parameters` are the policy settings and `sources`, `seed`, `benchmarks` (names); `allow_unanimous` lists rules that may be
+    unanimous. A policy that a user committed stands in for the packaged one of its name, or adds a dataset of its own."""
+    parameters = {"benchmarks": (), **parameters}
     made: dict[str, dict[str, Any]] = {}
     committed = committed_policies(lake)
     for name in (*datasets, *(name for name in committed if name not in DATASETS)):
@@ -60,7 +65,6 @@ def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Ta
     """Every candidate with its verdict, sorted by row_id, and per rule how many rows reached it and how many failed there.
     Columns: the candidate's own, verdict, first_rule, rule_position, margin, failed. A null measurement does not pass."""
     rules = policy.active(parameters)
-    used = {name: parameters[name] for name in policy.parameters() & parameters.keys()}
     unknown = policy.parameters() - parameters.keys()
     if unknown:
         raise CurationError(f"policies/{policy.dataset}.sql reads ${', $'.join(sorted(unknown))}, which no setting provides")
@@ -73,21 +77,24 @@ def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Ta
     margin = "CASE " + " ".join(f"WHEN NOT pass_{index} THEN margin_{index}" for index in range(len(rules))) + " END"
     name = "CASE " + " ".join(f"WHEN NOT pass_{index} THEN '{rule.name}'" for index, rule in enumerate(rules)) + " END"
     failed = ", ".join(f"CASE WHEN NOT pass_{index} THEN '{rule.name}' END" for index, rule in enumerate(rules))
+    source, used = candidates_sql(lake, policy, parameters)
+    used |= {name: parameters[name] for name in set().union(*(parameters_of(rule.body) for rule in rules))}
     sql = (
-        f"WITH candidates AS ({policy.candidates}), judged AS (SELECT *, {tests} FROM candidates) "
+        f"WITH candidates AS (SELECT * FROM {source}), judged AS (SELECT *, {tests} FROM candidates) "
         f"SELECT * EXCLUDE ({', '.join(f'pass_{index}, margin_{index}' for index in range(len(rules)))}), "
         f"CASE WHEN {first} IS NULL THEN 'keep' ELSE 'drop' END AS verdict, {name} AS first_rule, "
-        f"CAST({first} AS INTEGER) AS rule_position, {margin} AS margin, list_filter([{failed}], x -> x IS NOT NULL) AS failed "
-        "FROM judged ORDER BY row_id"
+        f"CAST({first} AS INTEGER) AS rule_position, {margin} AS margin, "
+        f"CASE WHEN {first} IS NULL THEN [] ELSE list_filter([{failed}], x -> x IS NOT NULL) END AS failed "
+        f"FROM judged{' ORDER BY row_id' if not source.startswith('read_parquet') else ''}"  # the file is sorted, and order is kept
     )
     judged = lake.query(sql, used)
     missing = [column for column in REQUIRED_COLUMNS if column not in judged.column_names]
     if missing:
         raise CurationError(f"the candidates of policies/{policy.dataset}.sql lack the columns {', '.join(missing)}")
-    positions = judged["rule_position"].to_pylist()
+    positions = judged["rule_position"].drop_null().to_numpy()
+    rejected_by = np.bincount(positions, minlength=len(rules)).tolist()
     outcome, reached = [], len(judged)
-    for index, rule in enumerate(rules):
-        rejected = positions.count(index)
+    for rule, rejected in zip(rules, rejected_by, strict=True):
         outcome.append((rule, reached, rejected))
         reached -= rejected
     return judged, outcome
@@ -124,20 +131,47 @@ def surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, 
 
 def split_of(group: str, heldout_share: float) -> str:
     """'heldout' for a share of the groups, by the hash of the group's name: a picture keeps its side in every dataset
-    and every version."""
-    draw = int.from_bytes(hashlib.sha256(f"split:{group}".encode()).digest()[:8], "big") / 2**64
-    return "heldout" if draw < heldout_share else "train"
+    and every version. `_with_split` says the same of whole columns."""
+    return "heldout" if hashlib.sha256(f"split:{group}".encode()).hexdigest()[:16] < _heldout_below(heldout_share) else "train"
+
+
+def _heldout_below(share: float) -> str:
+    """The first 64 bits of a hash, in hex, from which on a group is no longer held out."""
+    return f"{int(share * 2**64):016x}"
+
+
+def _with_split(lake: Lake, kept: pa.Table, heldout_share: float) -> pa.Table:
+    split = lake.query(
+        "SELECT CASE WHEN sha256('split:' || coalesce(nullif(group_id, ''), row_id))[:16] < $below THEN 'heldout' ELSE 'train' END AS split "
+        "FROM kept",
+        {"below": _heldout_below(heldout_share)},
+        kept=kept.select(["group_id", "row_id"]),
+    )
+    return kept.append_column("split", split["split"])
 
 
 def rows_digest(rows: pa.Table) -> str:
-    """sha256 over the rows in row_id order: what a dataset version is, apart from its number."""
-    total = hashlib.sha256()
-    for batch in rows.select(ROW_COLUMNS).to_batches(max_chunksize=65536):
-        for row in batch.to_pylist():
-            row["edit_mask"] = row["edit_mask"].hex() if row["edit_mask"] is not None else None
-            total.update(json.dumps(list(row.values()), ensure_ascii=False).encode())
-            total.update(b"\n")
+    """sha256 over the rows in row_id order: what a dataset version is, apart from its number. Taken column by column over
+    blocks of a fixed count, so that neither Python rows nor the chunks of a table come into it."""
+    total = hashlib.sha256(json.dumps([[name, str(rows.schema.field(name).type)] for name in ROW_COLUMNS]).encode())
+    for start in range(0, len(rows), DIGEST_ROWS):
+        for name in ROW_COLUMNS:
+            _digest_column(total, rows[name].slice(start, DIGEST_ROWS).combine_chunks())
     return total.hexdigest()
+
+
+def _digest_column(total: Any, column: pa.Array) -> None:
+    """Feed validity, lengths and content of a column of text, bytes or numbers."""
+    total.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        total.update(pc.fill_null(column, 0).to_numpy(zero_copy_only=False).tobytes())
+        return
+    present = column.drop_null()
+    total.update(pc.binary_length(present).to_numpy(zero_copy_only=False).tobytes())
+    if len(present):
+        _, offsets, content = present.buffers()
+        ends = np.frombuffer(offsets, np.int32)[present.offset : present.offset + len(present) + 1]
+        total.update(memoryview(content)[int(ends[0]) : int(ends[-1])] if content is not None else b"")
 
 
 def freeze(
@@ -146,11 +180,9 @@ def freeze(
     """Keep every verdict, and the kept rows as a new version unless they are those of the newest under the same policy.
     Returns name, version, rows, digest."""
     name = policy.dataset
-    kept = judged.filter(pa.compute.equal(judged["verdict"], "keep"))
+    kept = judged.filter(pc.equal(judged["verdict"], "keep"))
     if "split" not in kept.column_names:
-        groups = kept["group_id"].to_pylist()
-        split = [split_of(group or row_id, parameters["heldout_share"]) for group, row_id in zip(groups, kept["row_id"].to_pylist(), strict=True)]
-        kept = kept.append_column("split", pa.array(split, pa.string()))
+        kept = _with_split(lake, kept, parameters["heldout_share"])
     rows = schema.conform("dataset_rows", kept.select(ROW_COLUMNS))
     digest, policy_digest = rows_digest(rows), policy.digest(parameters)
     latest = lake.query("SELECT * FROM latest_datasets WHERE name = $name", {"name": name}).to_pylist()
@@ -192,5 +224,5 @@ def freeze(
 
 def _labelled(table: str, rows: pa.Table, **labels: Any) -> pa.Table:
     for column, value in labels.items():
-        rows = rows.append_column(column, pa.array([value] * len(rows), schema.TABLES[table].field(column).type))
+        rows = rows.append_column(column, pa.repeat(pa.scalar(value, schema.TABLES[table].field(column).type), len(rows)))
     return schema.conform(table, rows)

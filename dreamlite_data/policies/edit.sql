@@ -2,16 +2,26 @@
 
 -- @candidates
 SELECT row_id, 'edit' AS task, image_id, source_image_id, text, edit_type, edited_fraction, edit_mask, CAST(1 AS FLOAT) AS weight,
-       group_id, error, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
-       row_number() OVER (PARTITION BY coalesce(source_pixels, row_id), coalesce(target_pixels, row_id), text ORDER BY row_id) AS copy
+       group_id, error, benchmark, width, height, source_sharpness, target_sharpness, in_language, matches, outside_fraction,
+       rejected, triplet_verdict, nsfw, face_fraction, watermark,
+       row_number() OVER (
+           PARTITION BY coalesce(source_group_id, row_id), coalesce(target_group_id, row_id), plain_words(text)
+           ORDER BY CAST(width AS BIGINT) * height DESC, least(source_sharpness, target_sharpness) DESC, row_id
+       ) AS copy
 FROM edit_records
 WHERE list_contains($sources, source)
 
 -- @rule ingested
 error IS NULL
 
+-- @rule not_rejected allow=any
+NOT rejected
+
 -- @rule unique_triplet
 copy = 1
+
+-- @rule not_in_benchmark when=benchmarks allow=pass_all
+benchmark IS NULL
 
 -- @rule large_enough margin allow=pass_all
 least(width, height) - $min_side_px
@@ -30,3 +40,15 @@ $max_outside_fraction - outside_fraction
 
 -- @rule edit_matches_instruction when=require_scene_language allow=pass_all
 matches
+
+-- @rule passes_triplet_rules when=require_triplet_rules allow=pass_all
+triplet_verdict = 'pass'
+
+-- @rule no_nudity margin when=max_nsfw allow=any
+$max_nsfw - nsfw
+
+-- @rule no_large_faces margin when=max_face_fraction allow=any
+$max_face_fraction - face_fraction
+
+-- @rule no_watermark margin when=max_watermark allow=any
+$max_watermark - watermark

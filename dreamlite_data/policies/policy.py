@@ -47,13 +47,18 @@ class Policy:
 
     def parameters(self) -> set[str]:
         """Names of the $parameters in any block."""
-        return set(_PARAMETER.findall(self.candidates)).union(*(_PARAMETER.findall(rule.body) for rule in self.rules))
+        return parameters_of(self.candidates).union(*(parameters_of(rule.body) for rule in self.rules))
 
     def digest(self, parameters: dict[str, Any]) -> str:
         """sha256 of the rules and of every parameter that they or their switches read."""
         used = self.parameters() | {rule.when for rule in self.rules if rule.when}
         content = [self.candidates, [dataclasses.astuple(rule) for rule in self.rules], {name: parameters[name] for name in sorted(used)}]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def parameters_of(sql: str) -> set[str]:
+    """Names of the $parameters in a piece of SQL."""
+    return set(_PARAMETER.findall(sql))
 
 
 def read_policy(dataset: str, text: str | None = None, where: str | None = None) -> Policy:

@@ -49,7 +49,7 @@ def export(folder: Path, max_px: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     written = 0
     for place, name, words, licence in PHOTOS:
-        path = _find(place, name)
+        path = find_photo(place, name)
         if path is None:
             continue
         target = folder / name
@@ -69,7 +69,8 @@ def export(folder: Path, max_px: int) -> int:
     return written
 
 
-def _find(place: str, name: str) -> Path | None:
+def find_photo(place: str, name: str) -> Path | None:
+    """The file `name` of the installed package folder `place`, e.g. ("skimage/data", "coffee.png"); None where it is not."""
     package, _, below = place.partition("/")
     spec = importlib.util.find_spec(package)  # finds the folder without importing the package
     for root in spec.submodule_search_locations or () if spec else ():

@@ -38,7 +38,8 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Lake:
         f"'generate' AS task, sha256('i' || n) AS image_id, sha256('c' || n) AS caption_id FROM {numbers}",
         "INSERT INTO op_quality BY NAME SELECT sha256('i' || n) AS subject_id, 'v' AS op_version, CAST(hash(n) % 1000000 AS FLOAT) / 1000000 "
         f"AS sharpness FROM {numbers}",
-        f"INSERT INTO op_duplicates SELECT sha256('i' || n), 'v', sha256('i' || n), 'first', 0, NULL FROM {numbers}",
+        "INSERT INTO op_duplicates BY NAME SELECT sha256('i' || n) AS subject_id, 'v' AS op_version, sha256('i' || n) AS group_id, "
+        f"'first' AS kind, 0 AS distance FROM {numbers}",
         f"INSERT INTO op_caption BY NAME SELECT sha256('i' || n) AS subject_id, 'v' AS op_version FROM {numbers}",
         f"INSERT INTO op_verify_caption SELECT sha256('c' || n), 'v', true, n % 20 > 0, NULL, NULL FROM {numbers}",
         "INSERT INTO operator_versions SELECT unnest(['ingest', 'quality', 'duplicates', 'caption', 'verify_caption']), 'v', '{}', 0",

@@ -65,3 +65,17 @@ def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch: pytest.Monk
     with pytest.raises(executors.ExecutorError, match="no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1"):
         list(executor.map(late_if_first, [1]))
     assert executor.started == 0
+
+
+def test_tasks_are_taken_as_they_are_needed(executor: executors.Executor) -> None:
+    taken = []
+
+    def endless():
+        for number in range(1_000_000):
+            taken.append(number)
+            yield number
+
+    results = executor.map(late_if_first, endless())
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    results.close()
+    assert len(taken) < 20

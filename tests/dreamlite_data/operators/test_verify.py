@@ -11,9 +11,9 @@ import pytest
 from dreamlite_data import scenes
 from dreamlite_data.images import encode_png
 from dreamlite_data.operators.caption import Caption
-from dreamlite_data.operators.edit import EXACT_EDITS, Edit
+from dreamlite_data.operators.change import changed_pixels, mask_cells
 from dreamlite_data.operators.instruction import parse_instruction
-from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit, changed_pixels, mask_cells
+from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
 
 
 def _draw(seed: int) -> tuple[scenes.Scene, scenes.Edit, str]:
@@ -119,20 +119,17 @@ def test_the_captioner_says_what_is_there_and_is_silent_on_photos() -> None:
     assert answers[20]["text"] is None and "100 x 80" in answers[20]["reason"] and answers[20]["error"] is None
 
 
-def test_exact_edits_are_verified_by_doing_them_again() -> None:
-    photo = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
-    operator = Edit(count=len(EXACT_EDITS))
-    answer = operator(pa.table({"image_id": ["f" * 64], "bytes": [encode_png(photo)]}))
-    tables = operator.side_tables(None, answer)
-    assert answer["edits"].to_pylist() == [len(EXACT_EDITS)] == [len(tables["edits"])]
-    payloads = dict(zip(tables["images"]["image_id"].to_pylist(), tables["images"]["bytes"].to_pylist(), strict=True))
-    for triplet in tables["edits"].to_pylist():
-        row = {"edit_id": ["e"], "instruction": [triplet["instruction"]], "source_bytes": [encode_png(photo)],
-               "target_bytes": [payloads[triplet["target_image_id"]]], "source_scene": pa.array([None], pa.string()),
-               "target_scene": pa.array([None], pa.string())}  # fmt: skip
-        assert VerifyEdit()(pa.table(row)).to_pylist()[0]["matches"]
-        other = next(words for words in EXACT_EDITS if words != triplet["instruction"])
-        assert not VerifyEdit()(pa.table({**row, "instruction": [other]})).to_pylist()[0]["matches"]
+def test_a_composed_instruction_is_held_against_the_scene_after_both_steps() -> None:
+    scene = _draw(1)[0]
+    first = scenes.sample_edit(scene, np.random.default_rng(5), "background")
+    middle = scenes.apply_edit(scene, first)
+    second = scenes.sample_edit(middle, np.random.default_rng(6), "recolour")
+    end = scenes.apply_edit(middle, second)
+    words = f"{scenes.instruction(first, scene)}, then {scenes.instruction(second, middle)}"
+    assert _verify(scenes.render(scene), scenes.render(end), words)["matches"]
+    assert not _verify(scenes.render(scene), scenes.render(middle), words)["matches"]  # only the first step was done
+    absent = f"{scenes.instruction(second, middle)}, then {scenes.instruction(second, middle)}"
+    assert "objects called" in _verify(scenes.render(scene), scenes.render(end), absent)["reason"]
 
 
 def test_a_row_that_breaks_the_operator_costs_only_itself() -> None:

@@ -1,0 +1,95 @@
+"""The routes by which edit triplets are made: exact operators, cut-outs, models, pairs; which are on, and how each finds its subjects.
+A route that is switched off leaves its rows in the lake and its triplets out of the views."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from dreamlite_data.lake import Lake
+from dreamlite_data.operators.composite import CompositeEditor, CompositeInstructor, open_cutouts
+from dreamlite_data.operators.cutouts import folder_digest
+from dreamlite_data.operators.edit import Edit, ExactEditor, ExactInstructor
+from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, Pairs
+from dreamlite_data.operators.run import Measurement, make_current
+from dreamlite_data.operators.score import weights_digest
+from dreamlite_data.settings import EditModelSettings, RefreshSettings
+from dreamlite_data.sources.base import DigestCache
+
+ROUTES = ("edit", "edit_composite", "edit_model", "edit_pairs")
+"""Names of the operators, in the order in which they run."""
+OFF = "off"
+
+
+def active_routes(settings: RefreshSettings) -> list[str]:
+    """The routes that the settings switch on. Exact operators always are, if only to make none."""
+    on = {
+        "edit": True,
+        "edit_composite": settings.composite.per_image > 0,
+        "edit_model": settings.edit_model.editor is not None,
+        "edit_pairs": settings.edit_pairs.inverse or settings.edit_pairs.composed,
+    }
+    return [name for name in ROUTES if on[name]]
+
+
+def forget_unused_routes(lake: Lake, settings: RefreshSettings) -> list[str]:
+    """Take the triplets of routes that were on and are off now out of the views; returns the active routes."""
+    active = active_routes(settings)
+    used = set(lake.query("SELECT name FROM current_versions WHERE op_version <> $off", {"off": OFF})["name"].to_pylist())
+    for name in ROUTES:
+        if name in used and name not in active:
+            make_current(lake, name, OFF, {})
+    return active
+
+
+def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measurement:
+    """How a route finds its subjects and builds its operator."""
+    if name == "edit_pairs":
+        parts = [INVERSE_SUBJECTS] * settings.edit_pairs.inverse + [COMPOSED_SUBJECTS] * settings.edit_pairs.composed
+        subjects = " UNION ALL ".join(f"SELECT * FROM ({part})" for part in parts)
+        return Measurement(functools.partial(Pairs, settings.edit_pairs.composed), subjects)
+    images = (
+        "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
+        f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
+    )
+    if name == "edit":
+        if not settings.photos.edits_per_image:
+            images += " AND false"
+        return Measurement(functools.partial(exact_route, settings.photos.edits_per_image, settings.photos.inverse_edits), images, {"bytes": "image_id"})
+    digests = DigestCache(lake.files / "sources" / "digests.json")
+    if name == "edit_composite":
+        folder = settings.composite.cutouts
+        digest = folder_digest(folder, digests) if folder else ""
+        make = functools.partial(composite_route, settings.composite.per_image, str(folder) if folder else None, digest, settings.composite.inverse)
+    else:
+        models = settings.edit_model
+        folders = {part: Path(path) for part in ("instructor", "editor", "reward") if (path := getattr(models, part)) is not None}
+        lost = [f"refresh.edit_model.{part} ({path})" for part, path in folders.items() if not path.is_dir()]
+        if lost:
+            raise FileNotFoundError(f"there is no model folder at {', '.join(lost)}: correct the path or mount it")
+        make = functools.partial(model_route, models, {part: weights_digest(path, digests) for part, path in folders.items()})
+    digests.save()
+    return Measurement(make, images, {"bytes": "image_id"})
+
+
+def exact_route(count: int, inverse: bool) -> Edit:
+    """Exact operations, with no weights."""
+    return Edit(count, ExactInstructor(), ExactEditor(inverse))
+
+
+def composite_route(count: int, folder: str | None, digest: str, inverse: bool) -> Edit:
+    """Cut-outs pasted onto the picture."""
+    cutouts = open_cutouts(folder, digest)
+    return Edit(count, CompositeInstructor(cutouts), CompositeEditor(cutouts, inverse), "edit_composite")
+
+
+def model_route(settings: EditModelSettings, digests: dict[str, str]) -> Edit:
+    """A vision-language model that proposes and a diffusion pipeline that edits. Nothing is loaded before the first picture."""
+    from dreamlite_data.operators.edit_model import PipelineEditor, VlmInstructor
+
+    instructor = VlmInstructor(settings.instructor, digests["instructor"], settings.per_image, settings.max_new_tokens, settings.device)
+    editor = PipelineEditor(
+        settings.editor, digests["editor"], settings.tries, settings.inference_steps, settings.device,
+        settings.reward, digests.get("reward", ""), settings.min_reward,
+    )  # fmt: skip
+    return Edit(settings.per_image, instructor, editor, "edit_model", gpus=float(settings.device.startswith("cuda")))
