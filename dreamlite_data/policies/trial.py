@@ -116,9 +116,8 @@ def last_parameters(lake: Lake) -> dict[str, Any]:
         settings = RefreshSettings.model_validate(config.get("refresh", {}))
     except ValidationError as error:
         raise PolicyError(f"the settings of the newest run in {lake.root} are of another version of this package: {error}") from None
-    if not runs:
-        return settings.policy.model_dump() | _stored_origin(lake)
-    return policy_parameters(lake, settings, config.get("seed", 0))
+    parameters = policy_parameters(lake, settings, config.get("seed", 0))
+    return parameters if runs else parameters | _stored_origin(lake)
 
 
 def _stored_origin(lake: Lake) -> dict[str, Any]:
