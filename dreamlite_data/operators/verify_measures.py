@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from scipy import ndimage
 
+from dreamlite_data.operators.appearance import cell_means, phash
 from dreamlite_data.operators.change import (
     CHANGED_LEVELS,
     LUMA,
@@ -19,7 +20,6 @@ from dreamlite_data.operators.change import (
     similarity_map,
     smooth_difference,
 )
-from dreamlite_data.operators.quality import phash
 from dreamlite_data.operators.wording import COLOURS, said_colour, said_difference, said_direction, said_sides
 
 NOT_APPLICABLE = float("nan")
@@ -78,7 +78,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _hash(pixels: Pixels) -> np.uint64:
-    return phash((pixels.astype(np.float32) @ LUMA)[None])[0]
+    return phash(cell_means(pixels)[None])[0]
 
 
 def _side_agrees(instruction: str, changed: np.ndarray) -> float:
