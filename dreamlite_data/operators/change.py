@@ -60,10 +60,11 @@ def regions(mask: np.ndarray, smallest_share: float = 0.002) -> int:
 def similarity_map(source: Pixels, target: Pixels) -> np.ndarray:
     """Structural similarity (Wang et al., 2004) of the lumas at each pixel, float32 [H, W] in [-1, 1]."""
     first, second = (pixels.astype(np.float32) @ LUMA for pixels in (source, target))
-    mean_first, mean_second, mean_squares, mean_squares_second, mean_product = (
-        ndimage.uniform_filter(values, WINDOW_PX, mode="nearest") for values in (first, second, first**2, second**2, first * second)
+    planes = np.stack([first, second, first**2, second**2, first * second])
+    mean_first, mean_second, mean_square_first, mean_square_second, mean_product = ndimage.uniform_filter(
+        planes, (1, WINDOW_PX, WINDOW_PX), mode="nearest"
     )
-    variance_first, variance_second = mean_squares - mean_first**2, mean_squares_second - mean_second**2
+    variance_first, variance_second = mean_square_first - mean_first**2, mean_square_second - mean_second**2
     covariance = mean_product - mean_first * mean_second
     low, high = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     return ((2 * mean_first * mean_second + low) * (2 * covariance + high)) / (
