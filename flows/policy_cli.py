@@ -249,3 +249,41 @@ def forget(
                 say(f"{title}: {', '.join(names)}")
         if done.proof:
             say(f"takedown {done.takedown_id}, proof {done.proof}")
+
+
+# -- the rules that verify edits
+
+
+@app.command("verify-report")
+def verify_report(
+    seed: Annotated[int, typer.Option(help="Draws the truth sets. The packaged thresholds were calibrated with other seeds.")] = 1,
+    photos: Annotated[int, typer.Option(min=1, help="Photos that cut-outs are pasted onto and exact operations applied to.")] = 40,
+    scene_edits: Annotated[int, typer.Option(min=1, help="Edits of the small world.")] = 400,
+    masks: Annotated[bool, typer.Option(help="--no-masks withholds the masks, as with sets that bring none.")] = True,
+    faults: Annotated[bool, typer.Option("--faults", help="Also a line for each planted fault: how much of it is caught.")] = False,
+    cutouts: Annotated[
+        Path | None, typer.Option(help="Folder of PNG cut-outs with names. Default: shapes that are drawn here.", file_okay=False, exists=True)
+    ] = None,
+) -> None:  # fmt: skip
+    """Measure the rules that verify edits on edits whose truth is known: precision and recall a type, with 95 % intervals."""
+    from dreamlite_data.operators.cutouts import CutOutFolder
+    from dreamlite_data.operators.verify_truth import verify_report as report
+
+    rows = report(seed, photos, scene_edits, CutOutFolder(cutouts, "") if cutouts else None, masks)
+    wanted = ("all",) if not faults else None
+    _console()._print_rows([_as_line(row, faults) for row in rows if wanted is None or row["fault"] in wanted], "table")
+
+
+def _as_line(row: dict[str, Any], faults: bool) -> dict[str, Any]:
+    """A row of the report for reading: shares with their interval in one cell."""
+
+    def share(name: str) -> str:
+        value = row.get(name)
+        return "" if value is None else f"{value:.3f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
+
+    line = {"origin": row["origin"], "edit type": row["edit_type"]}
+    if faults:
+        line["fault"] = row["fault"]
+    line |= {"true": row.get("true", ""), "passed": row.get("passed", ""), "false": row["false"], "missed": row["missed"]}
+    line |= {"recall": share("recall"), "precision": share("precision")}
+    return line | ({"caught": share("caught")} if faults else {})

@@ -141,3 +141,12 @@ def test_what_people_decide_is_in_the_key_of_curate_and_nothing_decided_is_not(l
     monkeypatch.setattr(engine, "build_steps", lambda flow, config: steps)
     planned, _ = engine.look_ahead("refresh", "smoke", Path(lake))
     assert planned[1].parts["external"].keys() == {"policies", "takedowns"}
+
+
+def test_the_rules_of_verification_report_each_type_with_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console.Console.width", 200)
+    text = invoke("verify-report", "--photos", "2", "--scene-edits", "8", "--faults")
+    header = next(line for line in text.splitlines() if "precision" in line)
+    assert ("recall" in header, "caught" in header) == (True, True)
+    replaced = [line for line in text.splitlines() if "composite" in line and "replace" in line]
+    assert len(replaced) > 1 and any(" to " in line for line in replaced)  # the type as a whole, and each of its faults
