@@ -4,10 +4,10 @@ PRESET ?= mini
 LAKE ?= lake
 BIN := .venv/bin
 
-.PHONY: help venv retrain test bench lint clean
+.PHONY: help venv retrain test test-thorough bench lint clean
 
 help:            ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 venv: .venv/.stamp  ## the environment, exactly as tested
 
@@ -19,8 +19,13 @@ venv: .venv/.stamp  ## the environment, exactly as tested
 retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|paper LAKE=lake
 	$(BIN)/dreamlite retrain --preset $(PRESET) --lake $(LAKE)
 
-test: venv       ## all tests, without benchmarks
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+
+test: venv       ## the fast tests: everything but the thorough ones and benchmarks
+	$(PYTEST) -m "not benchmark and not thorough"
+
+test-thorough: venv ## whole refreshes and exports again: other executors, other task sizes, kills
+	$(PYTEST) -m thorough
 
 bench: venv      ## measurements as 'BENCH name value target ok|short' lines
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s -q

@@ -32,7 +32,7 @@ from dreamlite_data.operators.ingest import Ingest
 from dreamlite_data.policies.curate import judge
 from dreamlite_data.policies.policy import read_policy
 from dreamlite_data.settings import IngestSettings, RefreshSettings
-from dreamlite_data.sources.photos import PHOTOS, _find
+from dreamlite_data.sources.photos import PHOTOS, find_photo
 from tests.benchmarks.test_data_bench import million  # noqa: F401 - the fixture
 
 pytestmark = pytest.mark.benchmark
@@ -45,7 +45,7 @@ def photo_jpegs(count: int, side_px: int = SIDE_PX) -> list[bytes]:
     rng = np.random.default_rng(0)
     originals = []
     for place, name, _, _ in PHOTOS:
-        path = _find(place, name)
+        path = find_photo(place, name)
         if path is None or path.suffix == ".tif":
             continue
         with Image.open(path) as image:

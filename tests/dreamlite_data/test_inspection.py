@@ -278,6 +278,7 @@ def test_captions_are_compared_with_their_images_and_drawn_by_it(
     assert len(open_dataset(lake, "t2i")) == 3
 
 
+@pytest.mark.thorough
 def test_tasks_processes_and_their_number_change_no_byte(prepared: Prepared, pictures: Path, tmp_path: Path, towers: str) -> None:
     with CountingServer() as server:
         wanted = {"captions": asking(server.url), "embed": {"model": towers}, "safety": {"faces": True}}
@@ -291,6 +292,7 @@ def test_tasks_processes_and_their_number_change_no_byte(prepared: Prepared, pic
     assert contents(two, INSPECTED) == contents(one, INSPECTED)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_ray_changes_no_byte_and_pays_for_no_call_that_is_kept(prepared: Prepared, pictures: Path, tmp_path: Path, towers: str) -> None:
     with CountingServer() as server:

@@ -33,6 +33,7 @@ executor.close()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kills_at_random_moments_change_nothing(built: Lake, tmp_path: Path, workers: int) -> None:

@@ -189,6 +189,7 @@ def test_new_rows_that_are_all_dropped_leave_their_verdicts_but_no_new_version(l
 # --- equal however it ran --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_two_processes_give_the_rows_of_one(built: Lake, settings: RefreshSettings, tmp_path: Path) -> None:
     lake = Lake(tmp_path)
     with executors.local(2) as executor:
@@ -197,12 +198,14 @@ def test_two_processes_give_the_rows_of_one(built: Lake, settings: RefreshSettin
     assert contents(lake) == contents(built)
 
 
+@pytest.mark.thorough
 def test_smaller_tasks_give_the_same_rows(built: Lake, settings: RefreshSettings, tmp_path: Path) -> None:
     lake = Lake(tmp_path)
     build(lake, small_settings(ingest={"rows_per_task": 37, "folder_files_per_task": 5}))
     assert contents(lake) == contents(built)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_ray_gives_the_rows_of_one_process(built: Lake, settings: RefreshSettings, tmp_path: Path) -> None:
     lake = Lake(tmp_path)
@@ -225,6 +228,7 @@ refresh.measure(lake, settings, executor, ["quality", "edit", "caption", "verify
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("table", "rows"), [("op_shard", 2), ("op_quality", 60), ("op_caption", 60)])
 def test_a_killed_refresh_goes_on_where_it_was_and_ends_the_same(built: Lake, tmp_path: Path, table: str, rows: int) -> None:
     settings = small_settings(ingest={"rows_per_task": 16})

@@ -192,10 +192,15 @@ def test_every_command_in_the_readmes_exists():
 
     commands = get_command(app).commands
     for file in (ROOT / "README.md", INFRA / "README.md"):
-        for line in re.findall(r"^(?:\.venv/bin/)?dreamlite (\w+)(.*)$", file.read_text(), re.M):
+        for line in re.findall(r"^(?:\.venv/bin/)?dreamlite ([\w-]+)(.*)$", file.read_text(), re.M):
             assert line[0] in commands, f"{file.name} shows 'dreamlite {line[0]}', which does not exist"
-            known = {option for parameter in commands[line[0]].params for option in parameter.opts}
-            for option in re.findall(r"(?<=\s)--?[a-z-]+", line[1].split("#")[0]):
+            command, words = commands[line[0]], line[1].split("#")[0]
+            if hasattr(command, "commands"):  # a group: `dreamlite policy try ...`
+                name = words.split()[0]
+                assert name in command.commands, f"{file.name} shows 'dreamlite {line[0]} {name}', which does not exist"
+                command = command.commands[name]
+            known = {option for parameter in command.params for option in parameter.opts}
+            for option in re.findall(r"(?<=\s)--?[a-z-]+", words):
                 assert option in known, f"{file.name} shows '{option}' for 'dreamlite {line[0]}', which has {sorted(known)}"
 
 

@@ -76,6 +76,7 @@ def test_every_triplet_has_a_type_and_the_rules_say_what_they_did_not_evaluate(w
     assert "bytes" not in plan and "mask_png" not in plan
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_second_refresh_does_nothing_and_smaller_tasks_in_two_processes_give_the_same(widened: Lake, tmp_path: Path) -> None:
     settings = RefreshSettings(**ON)

@@ -142,6 +142,7 @@ def test_a_mapping_for_another_layout_is_refused(tmp_path: Path) -> None:
         sources.extra_source(ExtraSource(name="x", kind="parquet", path=tmp_path, mapping="x2edit"))
 
 
+@pytest.mark.thorough
 def test_executors_and_workers_change_no_byte(empty_lake: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -129,6 +129,7 @@ def test_a_source_that_is_not_mounted_is_an_error_and_withdraws_nothing(lake: La
     assert lake.count("op_ingest") == 1
 
 
+@pytest.mark.thorough
 def test_two_worlds_live_in_one_lake_without_disturbing_each_other(lake: Lake) -> None:
     settings = small_settings(photos={"enabled": False})
     first = build(lake, settings, seed=0)

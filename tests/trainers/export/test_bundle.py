@@ -74,6 +74,7 @@ def test_runner_equals_stock_pipeline(checkpoint: Path, bundle: Path, task: str)
     assert np.abs(swapped - expected).max() > 0.1
 
 
+@pytest.mark.thorough
 def test_graphs_traced_in_one_process_or_two_are_the_same_bytes(
     checkpoint: Path, bundle: Path, tmp_path: Path, small_export: tuple
 ) -> None:
