@@ -32,6 +32,7 @@ def test_filters_find_the_planted_faults(built: Lake, settings: RefreshSettings)
         assert row["false_positives"] == 0, fault
 
 
+@pytest.mark.thorough
 def test_a_filter_with_a_bad_threshold_shows_in_the_report(tmp_path: Path) -> None:
     settings = small_settings(photos={"enabled": False}, policy={"min_sharpness": 0.8, "allow_unanimous": ["*"]})
     lake = Lake(tmp_path)
@@ -175,6 +176,7 @@ def test_a_changed_threshold_is_a_new_version_and_no_measurement(tmp_path: Path)
     assert third["t2i"]["version"] == 3 and third["t2i"]["digest"] == first["t2i"]["digest"]
 
 
+@pytest.mark.thorough
 def test_new_rows_that_are_all_dropped_leave_their_verdicts_but_no_new_version(lake: Lake, tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()

@@ -89,6 +89,7 @@ def test_without_benchmarks_nothing_is_compared_and_nothing_dropped(lake: Lake, 
     assert counts["contamination_rows"] == 0 and len(open_dataset(lake, "t2i")) == 6
 
 
+@pytest.mark.thorough
 def test_a_benchmark_is_decoded_once_and_a_changed_one_again(
     lake: Lake, folder: Path, benchmarks: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_a_commit_is_a_version_with_a_parent_and_a_diff_that_names_the_rule(own:
     assert own.count("policies") == 1
 
 
+@pytest.mark.thorough
 def test_a_committed_policy_holds_in_every_refresh_until_it_is_reset(own: Lake, settings: RefreshSettings) -> None:
     packaged = {row["name"]: row for row in refresh.curate(own, settings, 0)}
     before = decided(own)
@@ -172,6 +173,7 @@ def test_a_committed_policy_holds_in_every_refresh_until_it_is_reset(own: Lake, 
         reset_policy(own, "t2i")
 
 
+@pytest.mark.thorough
 def test_a_policy_of_a_new_name_is_a_dataset_of_its_own_in_later_refreshes(own: Lake, settings: RefreshSettings, tmp_path: Path) -> None:
     file = tmp_path / "red.sql"
     file.write_text(f"-- @candidates\n{CANDIDATES}\n-- @rule ingested\nerror IS NULL\n-- @rule red\ntext LIKE '%red%'\n")

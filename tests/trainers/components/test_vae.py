@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from dreamlite_data import scenes
@@ -69,6 +70,7 @@ def test_cells_name_the_object_that_covers_them() -> None:
     assert classes[:, 3, 3].tolist() == [1, 1, 1]  # red, circle, small: the first of each
 
 
+@pytest.mark.thorough
 def test_training_learns_and_repeats_itself() -> None:
     first, second = [], []
     for values in (first, second):
