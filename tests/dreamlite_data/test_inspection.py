@@ -215,6 +215,7 @@ def test_a_killed_refresh_pays_for_no_caption_twice(prepared: Prepared, pictures
     assert contents(calm, INSPECTED) == contents(lake, INSPECTED)
 
 
+@pytest.mark.thorough
 def test_the_small_world_is_described_without_any_weights(tmp_path: Path) -> None:
     settings = RefreshSettings(
         scenes={"t2i_rows": 24, "edit_rows": 4, "fault_share": 0.0}, photos={"enabled": False},

@@ -113,6 +113,7 @@ def test_a_dataset_that_is_not_there_is_refused_with_what_there_is(built: Lake) 
         open_dataset(built, "t2i", 9)
 
 
+@pytest.mark.thorough
 def test_all_rows_of_one_source_image_land_in_one_split(tmp_path: Path) -> None:
     settings = small_settings(photos={"enabled": False}, policy={"heldout_share": 0.4, "allow_unanimous": ["*"]})
     lake = Lake(tmp_path)

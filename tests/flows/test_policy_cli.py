@@ -120,6 +120,7 @@ def test_forget_shows_first_and_then_does_it(lake: str) -> None:
         assert image_id not in open_dataset(opened, "t2i").rows["image_id"].to_pylist()
 
 
+@pytest.mark.thorough
 def test_what_people_decide_is_in_the_key_of_curate_and_nothing_decided_is_not(lake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [Step(name, lambda ctx: StepResult(), ("dreamlite_data.schema",)) for name in ("score", "curate")]
 

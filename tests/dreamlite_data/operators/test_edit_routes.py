@@ -90,6 +90,7 @@ def test_a_second_refresh_does_nothing_and_smaller_tasks_in_two_processes_give_t
     assert contents(other) == contents(widened)
 
 
+@pytest.mark.thorough
 def test_a_route_that_is_switched_off_leaves_the_views_and_comes_back_without_work(tmp_path: Path) -> None:
     stamps = tmp_path / "stamps"
     stamps.mkdir()
