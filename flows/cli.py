@@ -3,24 +3,16 @@ Heavy libraries load inside the commands, so that help, query and status answer 
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows import policy_cli
+from flows.console import DEFAULT_LAKE, LakeFolder, clear_errors, fail, open_lake, print_arrow, print_rows, say, warn
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from dreamlite_data.lake import Lake
     from flows.run import Run
 
 app = typer.Typer(
@@ -39,9 +31,6 @@ app.add_typer(policy_cli.app)  # policy, datasets, publish, forget
 Preset = Annotated[
     str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), paper (0.39 B), or a .yaml file.")
 ]
-LakeFolder = Annotated[
-    Path, typer.Option("--lake", "-l", envvar="DREAMLITE_LAKE", help="Folder of the lake: all data, runs, checkpoints and reports.")
-]
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override one setting, e.g. --set train.t2i.steps=200. May be repeated.")
 ]
@@ -53,50 +42,6 @@ CheckpointName = Annotated[
     str | None, typer.Option("--checkpoint", "-c", help="A checkpoint id, a stage (its newest), or a folder. Default: the newest.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise; the same seed gives the same image.")]
-DEFAULT_LAKE = Path("lake")
-
-
-def say(text: str) -> None:
-    typer.echo(text)
-
-
-def warn(text: str) -> None:
-    typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """What a user can mend is shown as its sentence, with exit code 2 (asked wrongly) or 1 (failed); the rest as a traceback."""
-    from dreamlite_data.lake import LakeError
-    from flows.config import ConfigError
-    from flows.gates import GateFailed
-    from flows.server import ServerError
-    from flows.step import StepFailed
-
-    try:
-        yield
-    except (ConfigError, LakeError, ServerError) as error:
-        _fail(str(error), 2)
-    except GateFailed as error:
-        _fail(str(error), 1)
-    except StepFailed as error:
-        if os.environ.get("DREAMLITE_TRACEBACK"):
-            traceback.print_exception(error.__cause__)
-        _fail(f"{error}\nIts files are in {error.directory}. Run the same command again to go on from there; "
-              "DREAMLITE_TRACEBACK=1 shows where in the code it happened.", 1)  # fmt: skip
-    except KeyboardInterrupt:
-        _fail("stopped; finished steps are kept, run the same command again to go on", 130)
-
-
-def _fail(text: str, code: int) -> None:
-    typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(code)
-
-
-def _open(lake: Path) -> Lake:
-    from dreamlite_data.lake import Lake
-
-    return Lake(lake, read_only=True)
 
 
 # -- the pipeline
@@ -129,7 +74,7 @@ def evaluate(
     """Judge one stage on held-out prompts and edits; earlier steps that are not done are done first."""
     run = _execute("retrain", preset, lake, set_, f"evaluate_{stage}", engine)
     record = run.records[f"evaluate_{stage}"]
-    _print_rows([{"metric": name, "value": value} for name, value in record.metrics.items()], "table")
+    print_rows([{"metric": name, "value": value} for name, value in record.metrics.items()], "table")
 
 
 @app.command()
@@ -149,7 +94,7 @@ def plan(
         from flows.engine import look_ahead
 
         planned, _ = look_ahead(flow, preset, lake, set_ or [], until)
-        _print_rows([{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in planned], "table")
+        print_rows([{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in planned], "table")
 
 
 @app.command()
@@ -165,13 +110,13 @@ def explain(
         plan_, done = look_ahead("retrain", preset, lake, set_ or [])
         planned = next((item for item in plan_ if item.step.name == step), None)
         if planned is None:
-            _fail(f"no step '{step}': there are {', '.join(item.step.name for item in plan_)}", 2)
+            fail(f"no step '{step}': there are {', '.join(item.step.name for item in plan_)}", 2)
         if planned.state != "to do":
             say(f"{step}: {planned.state}, {planned.why}")
             return
         sentence, changes = explain_parts(step, planned.parts, done)
         say(f"{step}: {sentence}")
-        _print_rows([{"part": name, "before": _brief(old), "now": _brief(new)} for name, old, new in changes], "table")
+        print_rows([{"part": name, "before": _brief(old), "now": _brief(new)} for name, old, new in changes], "table")
 
 
 def _brief(value: Any) -> str:
@@ -242,7 +187,7 @@ def _find_checkpoint(lake: Path, name: str | None) -> Path:
 
     if name and Path(name).is_dir():
         return Path(name)
-    done = [record for record in find_done(_open(lake)) if record.step in STAGES and record.present()]
+    done = [record for record in find_done(open_lake(lake)) if record.step in STAGES and record.present()]
     newest = done if name is None else [record for record in done if name in (record.step, record.id)]
     if not newest:
         known = ", ".join(dict.fromkeys(record.id for record in done)) or "none yet; train with `dreamlite retrain`"
@@ -269,45 +214,15 @@ def query(
 ) -> None:
     """Ask the lake in SQL, read-only, also while a run is going on."""
     if format_ not in ("table", "csv", "json"):
-        _fail(f"--format '{format_}' is not table, csv or json", 2)
+        fail(f"--format '{format_}' is not table, csv or json", 2)
     with clear_errors():
         import duckdb
 
         try:
-            answer = _open(lake).query_read_only(sql)
+            answer = open_lake(lake).query_read_only(sql)
         except duckdb.Error as error:
-            _fail(str(error), 2)
-        _print_arrow(answer, format_)
-
-
-def _print_arrow(answer: pa.Table, format_: str) -> None:
-    if format_ == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(answer.column_names)
-        writer.writerows([_cell(row[name]) for name in answer.column_names] for row in answer.to_pylist())
-    else:
-        _print_rows(answer.to_pylist(), format_, answer.column_names)
-
-
-def _cell(value: Any) -> Any:
-    return f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else value
-
-
-def _print_rows(rows: list[dict[str, Any]], format_: str, names: list[str] | None = None) -> None:
-    if format_ == "json":
-        json.dump(rows, sys.stdout, indent=1, default=lambda value: _cell(value) if isinstance(value, bytes) else str(value))
-        sys.stdout.write("\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names or (list(rows[0]) if rows else []):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(_cell(value)) for value in row.values()))
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table, markup=False)
+            fail(str(error), 2)
+        print_arrow(answer, format_)
 
 
 @app.command()
@@ -316,11 +231,11 @@ def status(lake: LakeFolder = DEFAULT_LAKE, runs: Annotated[int, typer.Option(he
     from flows.status import overview
 
     with clear_errors():
-        view = overview(_open(lake), runs)
-        _print_rows(view.runs, "table")
+        view = overview(open_lake(lake), runs)
+        print_rows(view.runs, "table")
         if view.steps:
             say(f"\nsteps of {view.runs[0]['run']}")
-            _print_rows(view.steps, "table")
+            print_rows(view.steps, "table")
         for line in view.now:
             say(line)
 
@@ -336,14 +251,14 @@ def report(
             from dreamlite_data.lake import LakeError
             from flows.step import find_done
 
-            done = [record for record in find_done(_open(lake), "report") if record.present()]
+            done = [record for record in find_done(open_lake(lake), "report") if record.present()]
             if not done:
                 raise LakeError(f"no report in {lake} yet: run `dreamlite retrain`")
             say(str(done[0].path("report")))
             return
         from flows.report import write_report
 
-        say(str(write_report(_open(lake), run, lake / "reports" / run)))
+        say(str(write_report(open_lake(lake), run, lake / "reports" / run)))
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from flows.console import DEFAULT_LAKE, LakeFolder, clear_errors, fail, print_rows, say, warn
+
 if TYPE_CHECKING:
     from dreamlite_data.lake import Lake
     from dreamlite_data.policies.trial import Trial
@@ -19,20 +21,11 @@ app = typer.Typer(add_completion=False)
 policy = typer.Typer(no_args_is_help=True, help="Try a policy file on the lake, make it the rules of a dataset, compare versions.")
 app.add_typer(policy, name="policy")
 
-LakeFolder = Annotated[Path, typer.Option("--lake", "-l", envvar="DREAMLITE_LAKE", help="Folder of the lake.")]
 PolicyFile = Annotated[Path, typer.Argument(help="A policy file: '-- @candidates' and '-- @rule' blocks, like those of the package.")]
 Parameter = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Value of one $parameter, e.g. --set min_sharpness=0.6. May be repeated.")
 ]
 DatasetName = Annotated[str, typer.Argument(help="Name of a dataset, as in `dreamlite datasets`.")]
-DEFAULT_LAKE = Path("lake")
-
-
-def _console() -> Any:
-    """The parent command line: it takes this module in, so it can be asked only when a command runs."""
-    from flows import cli
-
-    return cli
 
 
 @contextmanager
@@ -40,11 +33,11 @@ def _clear_errors() -> Iterator[None]:
     from dreamlite_data.policies import PolicyError
     from dreamlite_data.policies.curate import CurationError
 
-    with _console().clear_errors():
+    with clear_errors():
         try:
             yield
         except (PolicyError, CurationError) as error:
-            _console()._fail(str(error), 2)
+            fail(str(error), 2)
 
 
 def _open(lake: Path, write: bool = False) -> Lake:
@@ -67,11 +60,11 @@ def _overrides(texts: list[str] | None) -> dict[str, Any]:
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            _console()._fail(f"--set '{text}' is not of the form name=value", 2)
+            fail(f"--set '{text}' is not of the form name=value", 2)
         try:
             values[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            _console()._fail(f"--set '{text}' has no readable value: {' '.join(str(error).split())}", 2)
+            fail(f"--set '{text}' has no readable value: {' '.join(str(error).split())}", 2)
     return values
 
 
@@ -94,23 +87,22 @@ def try_(
         trial = try_policy(opened, file, dataset, _overrides(set_))
         _show_trial(trial)
         path = write_contact_sheet(opened, trial, sheet or lake / "reports" / f"policy-{trial.name}.html", samples)
-        _console().say(f"contact sheet: {path}")
+        say(f"contact sheet: {path}")
 
 
 def _show_trial(trial: Trial) -> None:
-    console = _console()
-    console._print_rows(trial.funnel, "table")
+    print_rows(trial.funnel, "table")
     against = f"{trial.name}@{trial.version}" if trial.version else f"no version of {trial.name} yet"
-    console.say(f"\n{trial.kept:,} of {len(trial.judged):,} rows stay; against {against}: {len(trial.entering):,} enter, "
+    say(f"\n{trial.kept:,} of {len(trial.judged):,} rows stay; against {against}: {len(trial.entering):,} enter, "
                 f"{len(trial.leaving):,} leave")  # fmt: skip
     for title, rows in (("enter", trial.entering), ("leave", trial.leaving)):
         reasons: dict[str, int] = {}
         for rule in rows["rule"].to_pylist():
             reasons[rule] = reasons.get(rule, 0) + 1
         if reasons:
-            console.say(f"{title} by rule: " + ", ".join(f"{rule} {count:,}" for rule, count in sorted(reasons.items())))
+            say(f"{title} by rule: " + ", ".join(f"{rule} {count:,}" for rule, count in sorted(reasons.items())))
     for text in trial.warnings:
-        console.warn(text)
+        warn(text)
 
 
 @policy.command()
@@ -125,7 +117,7 @@ def commit(
         made, trial = commit_policy(_open(lake, write=True), file, name or file.stem, _overrides(set_))
         _show_trial(trial)
         known = " (as before: same rows, same rules)" if made["version"] == trial.version else ""
-        _console().say(f"dataset {made['name']}@{made['version']}: {made['rows']:,} rows{known}; later refreshes use this policy")
+        say(f"dataset {made['name']}@{made['version']}: {made['rows']:,} rows{known}; later refreshes use this policy")
 
 
 @policy.command()
@@ -136,7 +128,7 @@ def reset(name: DatasetName, lake: LakeFolder = DEFAULT_LAKE) -> None:
         from dreamlite_data.policies.trial import reset_policy
 
         reset_policy(_open(lake, write=True), name)
-        _console().say(f"{name}: " + ("the packaged policy holds again" if name in DATASETS else "no later refresh makes versions of it"))
+        say(f"{name}: " + ("the packaged policy holds again" if name in DATASETS else "no later refresh makes versions of it"))
 
 
 @policy.command()
@@ -151,13 +143,13 @@ def diff(
     with _clear_errors():
         from dreamlite_data.policies.versions import diff_versions
 
-        found, console = diff_versions(_open(lake), name, before, after), _console()
+        found = diff_versions(_open(lake), name, before, after)
         counts = ", ".join(f"{count:,} {kind}" for kind, count in found.counts().items())
-        console.say(f"{name}@{found.before} -> {name}@{found.after}: {counts}")
+        say(f"{name}@{found.before} -> {name}@{found.after}: {counts}")
         for rule, old, new in found.rules:
-            console.say(f"rule {rule}: {old or 'absent'}  ->  {new or 'absent'}")
+            say(f"rule {rule}: {old or 'absent'}  ->  {new or 'absent'}")
         if len(found.rows) and rows:
-            console._print_rows(found.rows.slice(0, rows).to_pylist(), "table")
+            print_rows(found.rows.slice(0, rows).to_pylist(), "table")
 
 
 @policy.command()
@@ -173,10 +165,10 @@ def show(
         opened = _open(lake)
         number, rules = stored_rules(opened, name, version)
         held = committed_policies(opened).get(name)
-        _console().say(
+        say(
             f"{name}@{number}; refreshes use " + (f"the policy committed with version {held.version}" if held else "the packaged policy")
         )
-        _console()._print_rows(rules, "table")
+        print_rows(rules, "table")
 
 
 # -- datasets
@@ -188,7 +180,7 @@ def datasets(lake: LakeFolder = DEFAULT_LAKE) -> None:
     with _clear_errors():
         from dreamlite_data.policies.versions import list_versions
 
-        _console()._print_rows(list_versions(_open(lake)), "table")
+        print_rows(list_versions(_open(lake)), "table")
 
 
 @app.command()
@@ -210,11 +202,11 @@ def publish(
 
         name, _, version = dataset.partition("@")
         if version and not version.isdigit():
-            _console()._fail(f"'{dataset}' is not NAME or NAME@VERSION, as in `dreamlite datasets`", 2)
+            fail(f"'{dataset}' is not NAME or NAME@VERSION, as in `dreamlite datasets`", 2)
         manifest = publish_version(_open(lake), name, int(version) if version else None, to, format_, include_restricted)
         for item in manifest["left_out"]:
-            _console().warn(f"{item['rows']:,} rows left out, licence {item['licence']}: {item['why']}")
-        _console().say(
+            warn(f"{item['rows']:,} rows left out, licence {item['licence']}: {item['why']}")
+        say(
             f"{manifest['dataset']}@{manifest['version']}: {manifest['rows']:,} rows in {len(manifest['files']):,} files at {to}"
         )
 
@@ -234,9 +226,9 @@ def forget(
     with _clear_errors():
         from dreamlite_data.takedown import forget as forget_images
 
-        done, say = forget_images(_open(lake, write=not dry_run), image, reason, near, dry_run), _console().say
+        done = forget_images(_open(lake, write=not dry_run), image, reason, near, dry_run)
         say(f"{'would forget' if dry_run else 'forgot'} {len(done.images)} images, {len(done.derived)} of them made from the others")
-        _console()._print_rows([{"table": name, "rows": count} for name, count in done.rows.items()], "table")
+        print_rows([{"table": name, "rows": count} for name, count in done.rows.items()], "table")
         say(
             f"files rewritten: {done.files_rewritten}; snapshots expired: {len(done.expired_snapshots)}; "
             f"cached files deleted: {done.cached_files}"
@@ -271,7 +263,7 @@ def verify_report(
 
     rows = report(seed, photos, scene_edits, CutOutFolder(cutouts, "") if cutouts else None, masks)
     wanted = ("all",) if not faults else None
-    _console()._print_rows([_as_line(row, faults) for row in rows if wanted is None or row["fault"] in wanted], "table")
+    print_rows([_as_line(row, faults) for row in rows if wanted is None or row["fault"] in wanted], "table")
 
 
 def _as_line(row: dict[str, Any], faults: bool) -> dict[str, Any]:
