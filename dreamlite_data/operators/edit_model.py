@@ -3,22 +3,23 @@ Models load from folders with the first picture, from safetensors only, and once
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dreamlite_data.chat.local import load_processor
+from dreamlite_data.inference import worker_threads
 from dreamlite_data.operators.change import LEAST_CHANGE, Pixels, changed_pixels
 from dreamlite_data.operators.draw import draw_bits
 from dreamlite_data.operators.edit import Form, Request, Try
+from dreamlite_data.operators.score import reward_model
 from dreamlite_data.taxonomy import UNMAPPED, load_taxonomy
 
 PROMPT = (
@@ -62,7 +63,7 @@ class VlmInstructor:
         model, processor = _vlm(self.folder, self.device)
         image = {"type": "image", "image": Image.fromarray(pixels)}
         messages = [{"role": "user", "content": [image, {"type": "text", "text": self.prompt}]}]
-        with _one_thread(), torch.inference_mode():
+        with worker_threads(), torch.inference_mode():
             inputs = processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             ).to(self.device)
@@ -107,10 +108,10 @@ class PipelineEditor:
         """Load pipeline and reward; raises EditModelError or RewardCheckpointError where there is none."""
         _pipeline(self.folder, self.device)
         if self.reward is not None:
-            _reward(self.reward)
+            reward_model(self.reward)
 
     def tries(self, pixels: Pixels, image_id: str, request: Request) -> list[Try]:
-        with _one_thread():
+        with worker_threads():
             pictures = [self._picture(pixels, image_id, request.instruction, number) for number in range(self.count)]
             rewards = self._rewards(pixels, pictures, request.instruction)
         return [
@@ -136,7 +137,7 @@ class PipelineEditor:
         if self.reward is None:
             return [None] * len(pictures)
         source = Image.fromarray(pixels)
-        scores = _reward(self.reward).score([Image.fromarray(one) for one in pictures], [instruction] * len(pictures), [source] * len(pictures))
+        scores = reward_model(self.reward).score([Image.fromarray(one) for one in pictures], [instruction] * len(pictures), [source] * len(pictures))
         return [None if error else float(mu) for mu, error in zip(scores.mu, scores.errors, strict=True)]
 
 
@@ -173,40 +174,11 @@ def _vlm(folder: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText
 
     try:
-        processor = _processor(folder)
+        processor = load_processor(folder, None)
         model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
         raise EditModelError(f"{folder} holds no image-text-to-text model with its processor: {error}") from error
-    if not getattr(processor, "chat_template", None):
-        raise EditModelError(f"the processor in {folder} has no chat template: use an instruction-tuned model")
     return model.to(device).eval(), processor
-
-
-def _processor(folder: str) -> Any:
-    """The model's processor. Where its video half needs a torchvision that is not installed, the processor without that half:
-    only pictures are asked about here."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    try:
-        whole = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        if hasattr(whole, "image_processor"):
-            return whole
-    except ImportError:
-        pass
-    base = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, local_files_only=True))]
-
-    class ImagesOnly(base):  # type: ignore[misc, valid-type]
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return ["image_processor", "tokenizer"]
-
-        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
-            return type(None) if argument is None else super().check_argument_for_proper_class(argument_name, argument)
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    return ImagesOnly(image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
 
 
 @functools.cache
@@ -222,23 +194,3 @@ def _pipeline(folder: str, device: str) -> Any:
         raise EditModelError(f"the pipeline in {folder} ({type(pipeline).__name__}) takes no {' and no '.join(sorted(missing))}: it cannot edit")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-@functools.cache
-def _reward(folder: str) -> Any:
-    from dreamlite_data.rewards import load_reward
-
-    return load_reward(Path(folder))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on as many threads as OMP_NUM_THREADS says, one by default: sums in another order are other bytes."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1") or 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,15 @@ import pyarrow as pa
 from PIL import Image
 
 from dreamlite_data import schema
+from dreamlite_data.inference import worker_threads
 from dreamlite_data.sources.base import DigestCache
 
 TASKS = ("generate", "edit")
 
 
 @functools.cache
-def _model(directory: str) -> Any:
+def reward_model(directory: str) -> Any:
+    """The reward model of a folder, loaded once per process."""
     from dreamlite_data.rewards import load_reward
 
     return load_reward(Path(directory))
@@ -53,17 +54,11 @@ class Score:
         return {"weights": self.weights}
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        import torch
-
-        torch_threads = torch.get_num_threads()
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1") or 1))
-        try:
+        with worker_threads():
             return self._scored(rows)
-        finally:
-            torch.set_num_threads(torch_threads)
 
     def _scored(self, rows: pa.Table) -> pa.Table:
-        model = _model(self.directory)
+        model = reward_model(self.directory)
         images = [_open(payload) for payload in rows["image_bytes"].to_pylist()]
         sources = [_open(payload) for payload in rows["source_bytes"].to_pylist()] if self.task == "edit" else None
         scores = model.score(images, rows["text"].to_pylist(), sources)

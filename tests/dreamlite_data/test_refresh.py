@@ -268,7 +268,7 @@ def test_verified_rows_are_scored_in_process_and_only_once(scored: tuple, monkey
     rows = lake.query("SELECT task, scorer_id, mu, log_sigma, error FROM current_scores").to_pylist()
     assert {row["task"] for row in rows} == {"generate", "edit"}
     assert all(row["mu"] is not None and row["log_sigma"] is not None and row["error"] is None for row in rows)
-    monkeypatch.setattr("dreamlite_data.operators.score._model", None)
+    monkeypatch.setattr("dreamlite_data.operators.score.reward_model", None)
     again = refresh.score(lake, settings, executors.local(), rewards)
     assert set(again.values()) == {0}
 
