@@ -71,14 +71,10 @@ def encoder(model: str, revision: str | None, batch: int) -> Encoder:
     return Encoder(model, revision, batch)
 
 
-class Embed:
-    """Operator over stored images: `vector` is the image's embedding."""
+class _Tower:
+    """What the operators of one model share: how it is named in every key, how it runs, and the shape of their rows."""
 
-    name = "embed"
-    version = 1
-    reads = ("image_id", "bytes")
-    table = "op_embed"
-    schema = schema.OPERATORS["op_embed"]
+    schema: pa.Schema
 
     def __init__(self, model: str, weights: str, revision: str | None = None, batch: int = 16, num_gpus: float = 0.0) -> None:
         """`weights` is the digest that names the model in every key; `batch` and `num_gpus` say how it runs."""
@@ -88,22 +84,37 @@ class Embed:
     def config(self) -> dict[str, Any]:
         return {"weights": self.weights}
 
+    def encoder(self) -> Encoder:
+        return encoder(self.model, self.revision, self.batch)
+
+    def answer(self, subjects: pa.ChunkedArray, answers: Sequence[dict[str, Any]]) -> pa.Table:
+        """`answers` as rows of the operator's table, one for each of `subjects`."""
+        named = {"model": Path(self.model).name}
+        return pa.Table.from_pylist(
+            [{"subject_id": subject, **named, **answer} for subject, answer in zip(subjects.to_pylist(), answers, strict=True)],
+            schema=self.schema,
+        )
+
+
+class Embed(_Tower):
+    """Operator over stored images: `vector` is the image's embedding."""
+
+    name = "embed"
+    version = 1
+    reads = ("image_id", "bytes")
+    table = "op_embed"
+    schema = schema.OPERATORS["op_embed"]
+
     def __call__(self, rows: pa.Table) -> pa.Table:
         images = list(_opened(rows["bytes"].to_pylist()))
         good = [index for index, image in enumerate(images) if isinstance(image, Image.Image)]
         answers: list[dict[str, Any]] = [{"error": image} if isinstance(image, str) else {} for image in images]
         if good:
             with worker_threads():
-                vectors = encoder(self.model, self.revision, self.batch).images([images[index] for index in good])
+                vectors = self.encoder().images([images[index] for index in good])
             for index, vector in zip(good, vectors, strict=True):
                 answers[index] = _checked(vector)
-        return pa.Table.from_pylist(
-            [
-                {"subject_id": image_id, "model": Path(self.model).name, **answer}
-                for image_id, answer in zip(rows["image_id"].to_pylist(), answers, strict=True)
-            ],
-            schema=self.schema,
-        )
+        return self.answer(rows["image_id"], answers)
 
 
 def _opened(payloads: Sequence[bytes]) -> Iterator[Image.Image | str]:
@@ -120,8 +131,8 @@ def _checked(vector: np.ndarray) -> dict[str, Any]:
     return {"vector": vector.tolist()}
 
 
-class Similarity:
-    """Operator over captions and the vectors of their images."""
+class Similarity(_Tower):
+    """Operator over captions and the vectors that Embed, with the same model, gave their images."""
 
     name = "similarity"
     version = 1
@@ -129,31 +140,17 @@ class Similarity:
     table = "op_similarity"
     schema = schema.OPERATORS["op_similarity"]
 
-    def __init__(self, model: str, weights: str, revision: str | None = None, batch: int = 16, num_gpus: float = 0.0) -> None:
-        """As Embed, whose vectors it must have been given."""
-        self.model, self.weights, self.revision, self.batch = model, weights, revision, batch
-        self.resources = {"num_cpus": 1.0} | ({"num_gpus": num_gpus} if num_gpus else {})
-
-    def config(self) -> dict[str, Any]:
-        return {"weights": self.weights}
-
     def __call__(self, rows: pa.Table) -> pa.Table:
         texts, vectors = rows["text"].to_pylist(), rows["vector"].to_pylist()
         answers: list[dict[str, Any]] = [{"error": "its image has no embedding"} if vector is None else {} for vector in vectors]
         good = [index for index, vector in enumerate(vectors) if vector is not None]
         if good:
             with worker_threads():
-                written = encoder(self.model, self.revision, self.batch).texts([texts[index] for index in good])
+                written = self.encoder().texts([texts[index] for index in good])
             for index, words in zip(good, written, strict=True):
                 cosine = float(np.dot(words.astype(np.float64), np.asarray(vectors[index], dtype=np.float64)))
                 answers[index] = (
                     {"similarity": cosine, "clip_score": CLIP_SCORE_SCALE * cosine}
                     if np.isfinite(cosine) else {"error": "the model gave a vector that is not finite"}
                 )  # fmt: skip
-        return pa.Table.from_pylist(
-            [
-                {"subject_id": caption_id, "model": Path(self.model).name, **answer}
-                for caption_id, answer in zip(rows["caption_id"].to_pylist(), answers, strict=True)
-            ],
-            schema=self.schema,
-        )
+        return self.answer(rows["caption_id"], answers)
