@@ -73,17 +73,22 @@ def open_dataset(lake: Lake, name: str, version: int | None = None) -> Dataset:
     return Dataset(name, int(version), found[0]["digest"], rows)
 
 
+def image_places(lake: Lake, ids: pa.Array | Sequence[str]) -> dict[str, tuple[str, int]]:
+    """{image id: (file, row)} of those of `ids` that are stored; what `fetch` reads from."""
+    found = lake.query(
+        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
+        wanted=pa.table({"id": ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())}),
+    )
+    columns = (found[name].to_pylist() for name in ("image_id", "filename", "file_row_number"))
+    return {image_id: (file, row) for image_id, file, row in zip(*columns, strict=True)}
+
+
 def read_images(lake: Lake, ids: Sequence[str]) -> dict[str, bytes]:
     """Encoded bytes (PNG, JPEG or WebP, clean RGB) of each image id. Raises DatasetError for ids that are not stored."""
     wanted = sorted({image_id for image_id in ids if image_id is not None})
     if not wanted:
         return {}
-    found = lake.query(
-        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
-        wanted=pa.table({"id": pa.array(wanted, pa.string())}),
-    )
-    columns = (found[name].to_pylist() for name in ("image_id", "filename", "file_row_number"))
-    places = {image_id: (file, row) for image_id, file, row in zip(*columns, strict=True)}
+    places = image_places(lake, wanted)
     lost = [image_id for image_id in wanted if image_id not in places]
     if lost:
         raise DatasetError(f"{len(lost)} of {len(wanted)} images are not in the lake at {lake.root}; the first is {lost[0]}")

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dreamlite_data import schema
+from dreamlite_data.dataset import image_places
 from dreamlite_data.executors import Executor
 from dreamlite_data.lake import Lake, insert, register_files
 from dreamlite_data.operators.base import Operator, Task, Written, op_version, run_task, write_table
@@ -56,16 +57,13 @@ def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, ro
 def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> pa.Table:
     """One column, subject_id, of the pending rows: in the order of their images' files, so that a file is read once, or of
     their ids. It is all that is held of a night's work at a time."""
-    names = lake.query(f"DESCRIBE SELECT * FROM ({measurement.subjects})")["column_name"].to_pylist()
-    open_rows = (
-        f"SELECT s.* FROM ({measurement.subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d "
-        f"ON d.subject_id = s.{names[0]}"
-    )
+    subject = _subject(lake, measurement.subjects)
+    open_rows = _open_rows(measurement.subjects, subject, table)
     main = next(iter(measurement.image_columns.values()), None)
     if main is None:
-        return lake.query(f"SELECT {names[0]} AS subject_id FROM ({open_rows}) ORDER BY 1", {"version": version})
+        return lake.query(f"SELECT {subject} AS subject_id FROM ({open_rows}) ORDER BY 1", {"version": version})
     return lake.query(
-        f"SELECT s.{names[0]} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
+        f"SELECT s.{subject} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
         "ORDER BY images.filename, images.file_row_number, 1",
         {"version": version},
     )
@@ -73,18 +71,24 @@ def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> p
 
 def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:
     """The rows of `subjects` that have no row of this version in `table`."""
-    names = lake.query(f"DESCRIBE SELECT * FROM ({subjects})")["column_name"].to_pylist()
-    return lake.query(
-        f"SELECT s.* FROM ({subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d "
-        f"ON d.subject_id = s.{names[0]} ORDER BY s.{names[0]}",
-        {"version": version},
-    )
+    subject = _subject(lake, subjects)
+    return lake.query(f"{_open_rows(subjects, subject, table)} ORDER BY s.{subject}", {"version": version})
+
+
+def _subject(lake: Lake, subjects: str) -> str:
+    """Name of the column that names the subject: the first."""
+    return lake.query(f"DESCRIBE SELECT * FROM ({subjects})")["column_name"][0].as_py()
+
+
+def _open_rows(subjects: str, subject: str, table: str) -> str:
+    """SQL for the rows `s` of `subjects` that have no row of $version in `table`."""
+    return f"SELECT s.* FROM ({subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d ON d.subject_id = s.{subject}"
 
 
 def cut(lake: Lake, measurement: Measurement, subjects: pa.Table, version: str, rows_per_task: int) -> Iterator[Task]:
     """Tasks of at most `rows_per_task` of the `subjects` in their order, each read from the lake when it is asked for.
     Raises LookupError where an image is referred to but not stored."""
-    first = lake.query(f"DESCRIBE SELECT * FROM ({measurement.subjects})")["column_name"][0].as_py()
+    first = _subject(lake, measurement.subjects)
     for start in range(0, len(subjects), rows_per_task * TASKS_PER_QUERY):
         portion = subjects.slice(start, rows_per_task * TASKS_PER_QUERY)
         portion = portion.append_column("at", pa.array(np.arange(len(portion))))
@@ -106,12 +110,7 @@ def _places(lake: Lake, measurement: Measurement, rows: pa.Table) -> dict[str, t
     if not measurement.image_columns:
         return {}
     ids = pc.unique(pa.chunked_array([chunk for column in measurement.image_columns.values() for chunk in rows[column].chunks]))
-    found = lake.query(
-        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
-        wanted=pa.table({"id": ids}),
-    )
-    columns = (found[name].to_pylist() for name in ("image_id", "filename", "file_row_number"))
-    places = {image_id: (file, row) for image_id, file, row in zip(*columns, strict=True)}
+    places = image_places(lake, ids)
     lost = [image_id for image_id in ids.to_pylist() if image_id not in places]
     if lost:
         raise LookupError(f"{len(lost)} images are referred to but not stored, the first is {lost[0]}")

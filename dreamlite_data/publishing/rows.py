@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dreamlite_data.dataset import Dataset, DatasetError
+from dreamlite_data.dataset import Dataset, DatasetError, image_places
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import fetch
 from dreamlite_data.publishing.licences import Licence, find_licence, row_licences, strictest
@@ -126,12 +126,7 @@ def _bounds(sizes: list[int], max_rows: int, max_bytes: int) -> list[tuple[int, 
 def row_groups(lake: Lake, rows: pa.Table) -> Iterator[list[dict[str, Any]]]:
     """`rows` in groups of at most GROUP_ROWS rows and about GROUP_BYTES, as dicts with image_bytes and source_bytes."""
     ids = sorted({image_id for column in ("image_id", "source_image_id") for image_id in rows[column].to_pylist() if image_id})
-    found = lake.query(
-        "SELECT image_id, filename, file_row_number FROM images SEMI JOIN w USING (image_id)",
-        w=pa.table({"image_id": pa.array(ids, pa.string())}),
-    )
-    columns = (found[name].to_pylist() for name in ("image_id", "filename", "file_row_number"))
-    places = {image_id: (file, row) for image_id, file, row in zip(*columns, strict=True)}
+    places = image_places(lake, ids)
     for start, stop in _bounds(rows["size_bytes"].to_pylist(), GROUP_ROWS, GROUP_BYTES):
         group = rows.slice(start, stop - start).to_pylist()
         wanted = sorted({image_id for row in group for image_id in (row["image_id"], row["source_image_id"]) if image_id})
