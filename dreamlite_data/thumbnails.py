@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_data.images import decode_stored, encode_png
+from dreamlite_data.operators.change import MASK_CELLS
 
-MASK_CELLS = 8
-"""Masks of the lake are 8 x 8 cells, one byte each: the share of changed pixels in the cell as 0..255."""
 _JPEG_QUALITY = 82
 
 
@@ -31,7 +30,7 @@ def thumbnail(payload: bytes, side_px: int) -> tuple[bytes, str]:
 
 
 def mask_png(mask: bytes, cell_px: int = 1) -> bytes:
-    """An edit mask as a grey PNG of 8 x 8 cells, each `cell_px` px wide."""
+    """An edit mask (see `change.mask_cells`) as a grey PNG of 8 x 8 cells, each `cell_px` px wide."""
     cells = np.frombuffer(mask, np.uint8).reshape(MASK_CELLS, MASK_CELLS)
     buffer = io.BytesIO()
     Image.fromarray(np.kron(cells, np.ones((cell_px, cell_px), np.uint8)), "L").save(buffer, "PNG")

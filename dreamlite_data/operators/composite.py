@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from PIL import Image
 
-from dreamlite_data.operators.change import LEAST_CHANGE, Pixels, changed_pixels
+from dreamlite_data.operators.change import LEAST_CHANGE, LUMA, Pixels, changed_pixels
 from dreamlite_data.operators.cutouts import CutOut, CutOutError, CutOutFolder, CutOuts, DrawnCutOuts
 from dreamlite_data.operators.draw import draw_bits, generator, pick, shuffled
 from dreamlite_data.operators.edit import Form, Request, Try, said
@@ -110,7 +110,7 @@ def _placed(thing: Pasted, shape: tuple[int, ...], cutouts: CutOuts) -> tuple[tu
 def recoloured(pixels: np.ndarray, colour: str) -> np.ndarray:
     """RGBA pixels in the shades of `colour`: what was of middle brightness becomes the colour itself, darker parts darker and
     lighter parts lighter, so that the thing keeps its modelling."""
-    luma = pixels[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    luma = pixels[..., :3].astype(np.float32) @ LUMA / 255
     weight = pixels[..., 3].astype(np.float32)
     middle = float(np.clip((luma * weight).sum() / max(1.0, weight.sum()), 0.15, 0.85))
     wanted = np.array(COLOURS[colour], np.float32)

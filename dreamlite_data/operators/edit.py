@@ -18,6 +18,7 @@ from dreamlite_data.operators.change import LEAST_CHANGE, changed_pixels, encode
 from dreamlite_data.operators.draw import pick, shuffled
 from dreamlite_data.operators.exact import OPERATIONS, Operation, Pixels, Words
 from dreamlite_data.operators.ingest import edit_id
+from dreamlite_data.operators.ingest_rows import instruction_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Edit:
 def instruction_rows(identity: str, forms: Iterable[Form], instructor: str) -> list[dict[str, Any]]:
     """Rows of `instructions` for one triplet."""
     return [
-        {"instruction_id": hashlib.sha256(f"{identity}\0{form.form}\0{form.text}".encode()).hexdigest(), "edit_id": identity,
+        {"instruction_id": instruction_id(identity, form.form, form.text), "edit_id": identity,
          "form": form.form, "text": form.text, "instructor": instructor, "prompt_id": form.prompt_id}
         for form in forms
     ]  # fmt: skip

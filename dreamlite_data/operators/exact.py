@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from dreamlite_data.operators.change import LUMA, Pixels
 from dreamlite_data.operators.draw import draw_bits, pick
 
-Pixels = np.ndarray  # uint8 [H, W, 3]
 Amounts = dict[str, Any]
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
 """The matrix of the W3C Filter Effects `sepia(1)`."""
 GREY_LEVELS = 10.0  # mean spread of the channels, in levels, under which a picture has no colours to speak of

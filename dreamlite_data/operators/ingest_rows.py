@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_data import images
+from dreamlite_data.operators.change import encode_mask
 from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources.base import Record, Unit
 
@@ -59,10 +60,15 @@ def licence_of(unit: Unit, record: Record) -> str | None:
     return said.strip() if isinstance(said, str) and said.strip() else unit.licence
 
 
+def instruction_id(edit_id: str, form: str, text: str) -> str:
+    """Id of a wording: the same words in the same form about the same triplet are one."""
+    return hashlib.sha256(f"{edit_id}\0{form}\0{text}".encode()).hexdigest()
+
+
 def add_wordings(record: Record, edit_id: str, rows: dict[str, list[dict]]) -> None:
     """Further forms of a triplet's instruction, in the provider's words."""
     for form, text in record.forms:
-        key = hashlib.sha256(f"{edit_id}\0{form}\0{text}".encode()).hexdigest()
+        key = instruction_id(edit_id, form, text)
         rows["instructions"].append({"instruction_id": key, "edit_id": edit_id, "form": form, "text": text, "instructor": PROVIDER})
 
 
@@ -75,10 +81,8 @@ def add_mask(record: Record, edit_id: str, size_px: tuple[int, int], rows: dict[
         edited = mask_pixels(record.mask, record.mask_marks, size_px, limits)
     except images.BadImage as bad:
         return f"mask_{bad.reason}"
-    buffer = io.BytesIO()
-    Image.fromarray(edited).convert("1").save(buffer, "PNG")
     rows["edit_masks"].append({
-        "edit_id": edit_id, "mask_png": buffer.getvalue(), "mask_fraction": float(edited.mean()), "origin": PROVIDER,
+        "edit_id": edit_id, "mask_png": encode_mask(edited), "mask_fraction": float(edited.mean()), "origin": PROVIDER,
     })  # fmt: skip
     return None
 
