@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dreamlite_data.lake import Lake, LakeError
-from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, PolicyError, read_policy
+from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, PolicyError, parameters_of, read_policy
 
 _NO_COLUMN = re.compile(r'(?:Referenced column|column named|does not have a column named) "([^"]+)"')
 _NO_TABLE = re.compile(r"Table with name (\S+) does not exist")
@@ -92,8 +92,7 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
 
 def _only(parameters: Mapping[str, Any], sql: str) -> dict[str, Any]:
     """The parameters that this SQL names: DuckDB refuses others."""
-    named = set(re.findall(r"\$([a-z_]\w*)", sql))
-    return {name: value for name, value in parameters.items() if name in named}
+    return {name: parameters[name] for name in sorted(parameters_of(sql) & parameters.keys())}
 
 
 def _check_candidates_alone(lake: Lake, policy: Policy, where: str) -> None:

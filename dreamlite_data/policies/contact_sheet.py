@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from dreamlite_data.dataset import read_images
 from dreamlite_data.lake import Lake
-from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Rule
+from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Rule, parameters_of
 from dreamlite_data.policies.trial import Trial
 from dreamlite_data.thumbnails import data_url, mask_png, thumbnail
 
@@ -90,11 +90,10 @@ def _borderline(lake: Lake, trial: Trial, rule: Rule, count: int) -> tuple[list[
 
 def _chosen(lake: Lake, trial: Trial, where: str, margin: str, rule: Rule, count: int) -> list[Sample]:
     """Rows of one side, those nearest to the border first; without a margin a draw by the hash of rule and row."""
-    used = {name: trial.parameters[name] for name in dataclasses.replace(trial.policy, candidates="", rules=(rule,)).parameters()}
     found = lake.query(
         f"SELECT *, {margin} AS shown_margin FROM judged WHERE {where} "
         f"ORDER BY abs(shown_margin), sha256('{rule.name}:' || row_id) LIMIT {count}",
-        {name: value for name, value in used.items() if f"${name}" in margin},
+        {name: trial.parameters[name] for name in parameters_of(margin)},
         judged=trial.judged,
     ).to_pylist()
     return [Sample({key: value for key, value in row.items() if key != "shown_margin"}, row["shown_margin"]) for row in found]
