@@ -62,17 +62,10 @@ def build_steps(flow: str, config: PipelineConfig) -> list[Step]:
     raise ValueError(f"no flow '{flow}': there are refresh and retrain")
 
 
-def with_decisions(steps: Sequence[Step], lake_root: Path) -> list[Step]:
+def with_decisions(steps: Sequence[Step], lake: Lake) -> list[Step]:
     """The steps, with what people decided about the lake in the key of `curate`: policies that they committed, images that they
     had forgotten. Where nobody decided anything the key is as without."""
-
-    def decisions() -> dict[str, str]:
-        if not (lake_root / "catalog.sqlite").exists():
-            return {}
-        with Lake(lake_root, read_only=True) as lake:
-            return decided(lake)
-
-    return [dataclasses.replace(step, external=decisions) if step.name == "curate" else step for step in steps]
+    return [dataclasses.replace(step, external=lambda: decided(lake)) if step.name == "curate" else step for step in steps]
 
 
 def until_step(steps: Sequence[Step], until: str | None) -> list[Step]:
@@ -101,10 +94,12 @@ def prepare(
 ) -> Run:
     """Check the config, open the lake and lay out the run. Computes nothing."""
     config = load_config(preset, overrides)
-    steps = with_decisions(until_step(build_steps(flow, config), until), lake_root)
+    chosen = until_step(build_steps(flow, config), until)
+    lake = Lake(lake_root)
+    steps = with_decisions(chosen, lake)
     names = {step.name for step in steps}
     return Run(
-        Lake(lake_root),
+        lake,
         flow,
         steps,
         preset=config.preset,
@@ -118,12 +113,12 @@ def look_ahead(
     flow: str, preset: str, lake_root: Path, overrides: Sequence[str] = (), until: str | None = None
 ) -> tuple[list[Planned], list[StepRecord]]:
     """(plan, finished steps) of a flow, without writing anything: a lake that is not there yet stays so."""
-    steps = with_decisions(until_step(build_steps(flow, load_config(preset, overrides)), until), lake_root)
-    done: list[StepRecord] = []
-    if (lake_root / "catalog.sqlite").exists():
-        with Lake(lake_root, read_only=True) as lake:
-            done = find_done(lake)
-    return make_plan(steps, done, SourceTree()), done
+    steps = until_step(build_steps(flow, load_config(preset, overrides)), until)
+    if not (lake_root / "catalog.sqlite").exists():
+        return make_plan(steps, [], SourceTree()), []
+    with Lake(lake_root, read_only=True) as lake:
+        done = find_done(lake)
+        return make_plan(with_decisions(steps, lake), done, SourceTree()), done
 
 
 def execute(

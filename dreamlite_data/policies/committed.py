@@ -66,9 +66,8 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
     that names a column or table which is not there. The same blocks then have nothing else to bind to on any connection.
     Returns the columns of the candidates."""
     _check_candidates_alone(lake, policy, where)
-    used = {name: parameters[name] for name in policy.parameters() & parameters.keys()}
     try:
-        columns = lake.query_read_only(f"SELECT * FROM ({policy.candidates}\n) LIMIT 0", _only(used, policy.candidates)).column_names
+        columns = lake.query_read_only(f"SELECT * FROM ({policy.candidates}\n) LIMIT 0", _only(parameters, policy.candidates)).column_names
     except LakeError as error:
         raise PolicyError(f"{where}: the candidates: {_explain(str(error), _known_names(lake))}") from None
     missing = [name for name in REQUIRED_COLUMNS if name not in columns]
@@ -80,7 +79,7 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
     for together in (rules, *([rule] for rule in rules)):  # all at once, and one by one only to say which it is
         sql = f"SELECT {', '.join(f'({rule.body})' for rule in together)} FROM ({policy.candidates}) LIMIT 0"
         try:
-            lake.query_read_only(sql, _only(used, sql))
+            lake.query_read_only(sql, _only(parameters, sql))
         except LakeError as error:
             if len(together) > 1:
                 continue

@@ -125,7 +125,8 @@ def test_what_people_decide_is_in_the_key_of_curate_and_nothing_decided_is_not(l
     steps = [Step(name, lambda ctx: StepResult(), ("dreamlite_data.schema",)) for name in ("score", "curate")]
 
     def parts() -> dict[str, dict]:
-        return {step.name: step.parts({}, engine.SourceTree())["external"] for step in engine.with_decisions(steps, Path(lake))}
+        with Lake(lake, read_only=True) as opened:
+            return {step.name: step.parts({}, engine.SourceTree())["external"] for step in engine.with_decisions(steps, opened)}
 
     assert parts() == {"score": {}, "curate": {}}
     invoke("policy", "commit", str(POLICIES / "t2i.sql"), "--lake", lake, "--set", "min_sharpness=0.95")
