@@ -3,9 +3,8 @@ Pending is what no row speaks for: a URL is fetched once, passing failures a lim
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from dreamlite_data import schema
 from dreamlite_data.lake import Lake, insert
+from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.run import make_current
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import DownloadSettings
@@ -39,14 +39,16 @@ def folder(lake: Lake) -> Path:
     return lake.files / "downloads"
 
 
-def version_of(settings: DownloadSettings) -> str:
-    """Version of the rows that these settings write."""
-    config = json.dumps(_config(settings), sort_keys=True)
-    return f"download-1-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """What names the rows that these settings write, as of any operator."""
 
+    settings: DownloadSettings
+    name = "download"
+    version = 1
 
-def _config(settings: DownloadSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", include=set(OUTCOME_FIELDS))
+    def config(self) -> dict[str, Any]:
+        return self.settings.model_dump(mode="json", include=set(OUTCOME_FIELDS))
 
 
 def fetch(lake: Lake, sources: Iterable[Any], settings: DownloadSettings) -> dict[str, int]:
@@ -58,7 +60,7 @@ def fetch(lake: Lake, sources: Iterable[Any], settings: DownloadSettings) -> dic
                 wanted[url] = wanted.get(url) or sha256
     if not wanted:
         return {}
-    version = version_of(settings)
+    version = op_version(Download(settings))
     jobs = pending(lake, wanted, settings)
     failed = 0
     if jobs:
@@ -69,13 +71,13 @@ def fetch(lake: Lake, sources: Iterable[Any], settings: DownloadSettings) -> dic
                 _commit(lake, outcomes, version)
                 failed += sum(outcome.error is not None for outcome in outcomes)
                 bar.advance(len(outcomes), failed=failed)
-    make_current(lake, "download", version, _config(settings))
+    make_current(lake, Download.name, version, Download(settings).config())
     return {"urls": len(wanted), "asked": len(jobs), "download_failed": failed}
 
 
 def pending(lake: Lake, wanted: Mapping[str, str | None], settings: DownloadSettings) -> list[Job]:
     """The URLs that have to be asked, in the order in which they were named."""
-    version = version_of(settings)
+    version = op_version(Download(settings))
     known = _rows(lake, list(wanted))
     jobs = []
     for url, sha256 in wanted.items():

@@ -189,6 +189,11 @@ def finish(record: Record) -> Record:
     return record
 
 
+def hidden(path: Path) -> bool:
+    """Whether a path below a source's folder is one of those that a listing leaves out: a part of it begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def over_limit(size_bytes: int, limits: IngestSettings) -> str | None:
     """Why a file of this size is not read, or None."""
     if size_bytes > limits.max_member_mb * 2**20:

@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dreamlite_data.settings import IngestSettings
-from dreamlite_data.sources.base import CAPTION_SUFFIXES, METADATA_SUFFIX, DigestCache, Record, Unit, finish, over_limit, read_sidecar
+from dreamlite_data.sources.base import (
+    CAPTION_SUFFIXES,
+    METADATA_SUFFIX,
+    DigestCache,
+    Record,
+    Unit,
+    finish,
+    hidden,
+    over_limit,
+    read_sidecar,
+)
 
 SIDECAR_SUFFIXES = tuple(f".{suffix}" for suffix in (*CAPTION_SUFFIXES, METADATA_SUFFIX))
 
@@ -28,7 +38,7 @@ class FolderSource:
     def units(self, digests: DigestCache) -> Iterator[Unit]:
         """One unit per image, named by its relative path; a sidecar without an image is a unit of its own."""
         root = self.path.resolve()
-        files = sorted(file for file in root.rglob("*") if file.is_file() and not _hidden(file.relative_to(root)))
+        files = sorted(file for file in root.rglob("*") if file.is_file() and not hidden(file.relative_to(root)))
         inside = [file for file in files if file.resolve().is_relative_to(root)]
         sidecars: dict[Path, list[Path]] = {}
         images: dict[Path, list[Path]] = {}
@@ -44,10 +54,6 @@ class FolderSource:
                     digest=hashlib.sha256("".join(parts).encode()).hexdigest(), kind="file", size_bytes=file.stat().st_size,
                     licence=self.licence, origin=self.origin, sidecars=tuple(str(item) for item in beside),
                 )  # fmt: skip
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def read_file(unit: Unit, limits: IngestSettings) -> list[Record]:

@@ -18,7 +18,8 @@ from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources import mapping as mappings
 from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
 from dreamlite_data.sources.mapped import ImageStore, records
-from dreamlite_data.sources.parquet import ParquetReading, ParquetSource, rows_to_records, unit_digest
+from dreamlite_data.sources.mapped_source import MappedSource
+from dreamlite_data.sources.parquet import ParquetReading, ParquetSource, rows_to_records
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,20 +52,13 @@ class StreamReading:
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFaceSource:
+class HuggingFaceSource(MappedSource):
     """One split of a dataset. `path` is a local folder or a hub id."""
 
-    name: str
-    path: Path
-    mapping: mappings.Mapping
-    domain: str = "other"
-    licence: str | None = None
-    origin: str | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     image_root: Path | None = None
-    limit_rows: int | None = None
     rows_per_unit: int = 256
     unit_mb: int = 256
 
@@ -101,7 +95,7 @@ class HuggingFaceSource:
             for first in range(0, total, self.rows_per_unit):
                 root = str(self.image_root or self.path)
                 reading = SavedReading(self.mapping, root, first, min(self.rows_per_unit, total - first))
-                yield self._unit(f"{file.relative_to(self.path).as_posix()}@{first}", str(file), "saved", digests.digest(file), reading)
+                yield self.unit(f"{file.relative_to(self.path).as_posix()}@{first}", str(file), "saved", digests.digest(file), reading)
             left = None if left is None else left - total
 
     def _parquet_units(self, files: list[str], digests: DigestCache) -> Iterator[Unit]:
@@ -109,7 +103,7 @@ class HuggingFaceSource:
             left = self.limit_rows
             for file in files:
                 source = ParquetSource(
-                    self.name, Path(file), self.mapping, self.domain, self.licence, self.origin, self.image_root or self.path, left, self.unit_mb
+                    self.name, Path(file), self.mapping, self.domain, self.licence, self.origin, left, self.image_root or self.path, self.unit_mb
                 )
                 for unit in source.units(digests):
                     yield dataclasses.replace(unit, shard=unit.shard.replace(Path(file).name, _below(file, self.path), 1))
@@ -128,7 +122,7 @@ class HuggingFaceSource:
                 last = left if left is not None and left < total else None
                 left = None if left is None else left - total
             address = re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", file)
-            yield self._unit(address, file, "parquet", file, ParquetReading(self.mapping, None, stop_row=last))
+            yield self.unit(address, file, "parquet", file, ParquetReading(self.mapping, None, stop_row=last))
             if left is not None and left <= 0:
                 return
 
@@ -153,13 +147,7 @@ class HuggingFaceSource:
                 self.mapping, self.config, self.split, self.revision, first, min(self.rows_per_unit, total - first),
                 str((self.image_root or self.path).resolve()) if local else None,
             )  # fmt: skip
-            yield self._unit(f"{self.split}@{first}", str(self.path), "stream", content, reading)
-
-    def _unit(self, shard: str, path: str, kind: str, content: str, reading: Any) -> Unit:
-        return Unit(
-            source=self.name, domain=self.domain, shard=shard, path=path, digest=unit_digest(content, reading), kind=kind, size_bytes=0,
-            licence=self.licence or self.mapping.licence, origin=self.origin or self.mapping.origin, reading=reading,
-        )  # fmt: skip
+            yield self.unit(f"{self.split}@{first}", str(self.path), "stream", content, reading)
 
     def _builder(self) -> Any:
         import datasets

@@ -4,8 +4,6 @@ What the columns mean says a mapping; without one, the usual names of an image a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ import pyarrow.parquet as pq
 
 from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources import mapping as mappings
-from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
+from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit, hidden
 from dreamlite_data.sources.mapped import ImageStore, records
+from dreamlite_data.sources.mapped_source import MappedSource
 
 DEFAULT_MAPPING = "image_text"
 LARGE_GROUP_MB = 100
@@ -37,25 +36,17 @@ class ParquetReading:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParquetSource:
+class ParquetSource(MappedSource):
     """Every `*.parquet` below the folder `path` in name order, or that one file."""
 
-    name: str
-    path: Path
-    mapping: mappings.Mapping
-    domain: str = "other"
-    licence: str | None = None
-    origin: str | None = None
     image_root: Path | None = None
-    limit_rows: int | None = None
     unit_mb: int = 256
 
     def files(self) -> list[Path]:
         """The files, hidden ones apart."""
         if self.path.is_file():
             return [self.path]
-        found = sorted(self.path.rglob("*.parquet"))
-        return [file for file in found if not any(part.startswith(".") for part in file.relative_to(self.path).parts)]
+        return sorted(file for file in self.path.rglob("*.parquet") if not hidden(file.relative_to(self.path)))
 
     def holds_paths(self) -> bool:
         """Whether the first readable file names its images by path or URL instead of holding their bytes."""
@@ -87,18 +78,15 @@ class ParquetSource:
                 checked = True
             last = left if facts is not None and left is not None and left < facts.num_rows else None
             for first, stop in cut(facts, self.unit_mb) if facts else [(0, None)]:
+                shard = file.relative_to(root).as_posix()
                 reading = ParquetReading(self.mapping, str(self.image_root or root), first, stop, last)
-                yield self._unit(file, root, digests, reading, whole=stop is None and first == 0)
+                whole = stop is None and first == 0
+                yield self.unit(
+                    shard if whole else f"{shard}@{first}", str(file), "parquet", digests.digest(file), reading, file.stat().st_size
+                )
             if left is not None and facts is not None:
                 left -= facts.num_rows
 
-    def _unit(self, file: Path, root: Path, digests: DigestCache, reading: ParquetReading, whole: bool) -> Unit:
-        shard = file.relative_to(root).as_posix()
-        return Unit(
-            source=self.name, domain=self.domain, shard=shard if whole else f"{shard}@{reading.first_group}", path=str(file),
-            digest=unit_digest(digests.digest(file), reading), kind="parquet", size_bytes=file.stat().st_size,
-            licence=self.licence or self.mapping.licence, origin=self.origin or self.mapping.origin, reading=reading,
-        )  # fmt: skip
 
 
 def _innermost(kind: pa.DataType) -> pa.DataType:
@@ -120,17 +108,6 @@ def cut(facts: pq.FileMetaData, unit_mb: int) -> list[tuple[int, int | None]]:
             filled = 0
         filled += size
     return list(zip(bounds, [*bounds[1:], len(sizes)], strict=True))
-
-
-def unit_digest(content: str, reading: Any) -> str:
-    """Digest of a unit: what its bytes are and how they are read."""
-    how = {
-        field.name: value.model_dump(mode="json") if isinstance(value, mappings.Mapping) else value
-        for field in dataclasses.fields(reading)
-        if (value := getattr(reading, field.name)) is not None and field.name != "image_root"
-    }
-    text = json.dumps([content, mappings.READER_VERSION, how], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_parquet(unit: Unit, limits: IngestSettings) -> list[Record]:

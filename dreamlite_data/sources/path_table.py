@@ -12,13 +12,10 @@ from pathlib import Path
 
 from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources import mapping as mappings
-from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
+from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit, hidden
 from dreamlite_data.sources.mapped import ImageStore, image_values, is_url, records
-from dreamlite_data.sources.parquet import unit_digest
+from dreamlite_data.sources.mapped_source import PEEKED_ROWS, MappedSource
 from dreamlite_data.sources.row_files import SUFFIXES, Row, rows, some_rows
-
-PEEKED_ROWS = 100
-"""Rows whose columns together are taken for those of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +37,10 @@ def nothing_downloaded(urls: list[str]) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PathTableSource:
+class PathTableSource(MappedSource):
     """The table at `path`, or every table below that folder. `outcomes` says where the files of URLs are."""
 
-    name: str
-    path: Path
-    mapping: mappings.Mapping
-    domain: str = "other"
-    licence: str | None = None
-    origin: str | None = None
     image_root: Path | None = None
-    limit_rows: int | None = None
     rows_per_unit: int = 256
     outcomes: Callable[[list[str]], Mapping[str, str]] = nothing_downloaded
 
@@ -58,8 +48,8 @@ class PathTableSource:
         """The tables, hidden ones apart. In a folder, plain text and JSON that is no list of lines are something else."""
         if self.path.is_file():
             return [self.path]
-        found = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and file.suffix.lower() not in (".txt", ".json"))
-        return [file for file in found if not any(part.startswith(".") for part in file.relative_to(self.path).parts)]
+        tables = set(SUFFIXES) - {".txt", ".json"}
+        return sorted(file for file in self.path.rglob("*") if file.suffix.lower() in tables and not hidden(file.relative_to(self.path)))
 
     def urls(self) -> Iterator[tuple[str, str | None]]:
         """(URL, expected sha256 or None) of every image that is named by one."""
@@ -99,12 +89,10 @@ class PathTableSource:
         for value in values:
             content.update(self._content(value, image_root, downloaded, digests).encode())
         reading = TableReading(self.mapping, str(image_root), part[0].number, part[0].offset, len(part))
-        return Unit(
-            source=self.name, domain=self.domain, shard=f"{file.relative_to(root).as_posix()}@{part[0].number}", path=str(file),
-            digest=unit_digest(content.hexdigest(), dataclasses.replace(reading, offset=0)), kind="table", size_bytes=file.stat().st_size,
-            licence=self.licence or self.mapping.licence, origin=self.origin or self.mapping.origin,
-            reading=dataclasses.replace(reading, downloaded=downloaded),
-        )  # fmt: skip
+        shard = f"{file.relative_to(root).as_posix()}@{part[0].number}"
+        # Neither where a line starts nor where a file was stored makes other records: the digest is that of `content` alone.
+        unit = self.unit(shard, str(file), "table", content.hexdigest(), dataclasses.replace(reading, offset=0), file.stat().st_size)
+        return dataclasses.replace(unit, reading=dataclasses.replace(reading, downloaded=downloaded))
 
     def _values(self, row: Row) -> list[object]:
         try:

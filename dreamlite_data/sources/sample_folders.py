@@ -15,7 +15,7 @@ from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources import mapping as mappings
 from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
 from dreamlite_data.sources.mapped import ImageStore, records
-from dreamlite_data.sources.parquet import unit_digest
+from dreamlite_data.sources.mapped_source import MappedSource
 from dreamlite_data.sources.row_files import rows
 
 
@@ -27,16 +27,9 @@ class FolderReading:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleFolderSource:
+class SampleFolderSource(MappedSource):
     """Every folder below `path` that holds the mapping's rows or shared file, in name order."""
 
-    name: str
-    path: Path
-    mapping: mappings.Mapping
-    domain: str = "other"
-    licence: str | None = None
-    origin: str | None = None
-    limit_rows: int | None = None
 
     def units(self, digests: DigestCache) -> Iterator[Unit]:
         """One unit per sample folder. Raises MappingError where the first readable one lacks a mapped column."""
@@ -53,12 +46,9 @@ class SampleFolderSource:
                     pass  # a broken folder is quarantined when it is read
             members = sorted(item for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))
             parts = [f"{item.name} {digests.digest(item)}" for item in members]
-            yield Unit(
-                source=self.name, domain=self.domain, shard=folder.relative_to(root).as_posix(), path=str(folder),
-                digest=unit_digest(hashlib.sha256("\n".join(parts).encode()).hexdigest(), reading), kind="samples",
-                size_bytes=sum(item.stat().st_size for item in members), licence=self.licence or self.mapping.licence,
-                origin=self.origin or self.mapping.origin, reading=reading,
-            )  # fmt: skip
+            content = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+            size_bytes = sum(item.stat().st_size for item in members)
+            yield self.unit(folder.relative_to(root).as_posix(), str(folder), "samples", content, reading, size_bytes)
 
 
 def read_folder(unit: Unit, limits: IngestSettings) -> list[Record]:

@@ -25,11 +25,10 @@ from dreamlite_data.sources.base import (
     read_sidecar,
 )
 from dreamlite_data.sources.mapped import ImageStore, records
-from dreamlite_data.sources.parquet import unit_digest
+from dreamlite_data.sources.mapped_source import PEEKED_ROWS, unit_digest
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp", "avif", "ppm")
 ROLES = ("source", "target")
-PEEKED_ROWS = 100
 ZERO_READ_BYTES = 64 * 1024
 
 
