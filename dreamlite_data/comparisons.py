@@ -4,7 +4,6 @@ They run on the driver over narrow columns, read the history as columns too, and
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +131,7 @@ def _digest(benchmark: Benchmark, digests: DigestCache) -> str:
     if not path.exists():
         raise BenchmarkError(f"the benchmark {benchmark.name!r} is not at {path}: correct refresh.benchmarks, or mount it")
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.relative_to(path)}\0{digests.digest(file)}\n".encode())
-    return total.hexdigest()
+    return digests.of_files(path, files)
 
 
 COMPARISONS: dict[str, Any] = {"duplicates": group_duplicates, "semantic": group_semantic, "contamination": find_contamination}

@@ -3,7 +3,6 @@ What was measured with a model is keyed by this name, so other weights under the
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from dreamlite_data.sources.base import DigestCache
@@ -23,10 +22,7 @@ def weights_digest(model: str, revision: str | None, digests: DigestCache, setti
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if not files:
             raise WeightsError(f"{setting}: the folder {model} is empty; put the model there or give another folder")
-        total = hashlib.sha256()
-        for path in files:
-            total.update(f"{path.relative_to(folder)}={digests.digest(path)}\n".encode())
-        return total.hexdigest()
+        return digests.of_files(folder, files)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise WeightsError(f"{setting}: there is no folder {model}; give the folder of a model, or a hub id 'owner/name' with its revision")
     if not revision:

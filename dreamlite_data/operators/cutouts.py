@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import re
@@ -93,12 +92,8 @@ def png_files(root: Path) -> list[Path]:
 
 def folder_digest(root: Path, digests: DigestCache) -> str:
     """One digest over names and content of the cut-outs and their captions."""
-    total = hashlib.sha256()
-    for file in png_files(root):
-        for part in (file, file.with_suffix(".txt")):
-            if part.is_file():
-                total.update(f"{part.relative_to(root)}={digests.digest(part)}\n".encode())
-    return total.hexdigest()[:16]
+    parts = (part for file in png_files(root) for part in (file, file.with_suffix(".txt")))
+    return digests.of_files(root, (part for part in parts if part.is_file()))[:16]
 
 
 def _named(file: Path) -> tuple[str, str | None]:

@@ -4,7 +4,6 @@ A route that is switched off leaves its rows in the lake and its triplets out of
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.composite import CompositeEditor, CompositeInstructor, open_cutouts
@@ -12,9 +11,9 @@ from dreamlite_data.operators.cutouts import folder_digest
 from dreamlite_data.operators.edit import Edit, ExactEditor, ExactInstructor
 from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, Pairs
 from dreamlite_data.operators.run import Measurement, make_current
-from dreamlite_data.operators.score import weights_digest
 from dreamlite_data.settings import EditModelSettings, RefreshSettings
 from dreamlite_data.sources.base import DigestCache
+from dreamlite_data.weights import weights_digest
 
 ROUTES = ("edit", "edit_composite", "edit_model", "edit_pairs")
 """Names of the operators, in the order in which they run."""
@@ -63,11 +62,12 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
         make = functools.partial(composite_route, settings.composite.per_image, str(folder) if folder else None, digest, settings.composite.inverse)
     else:
         models = settings.edit_model
-        folders = {part: Path(path) for part in ("instructor", "editor", "reward") if (path := getattr(models, part)) is not None}
+        folders = {part: path for part in ("instructor", "editor", "reward") if (path := getattr(models, part)) is not None}
         lost = [f"refresh.edit_model.{part} ({path})" for part, path in folders.items() if not path.is_dir()]
         if lost:
             raise FileNotFoundError(f"there is no model folder at {', '.join(lost)}: correct the path or mount it")
-        make = functools.partial(model_route, models, {part: weights_digest(path, digests) for part, path in folders.items()})
+        weights = {part: weights_digest(str(path), None, digests, f"refresh.edit_model.{part}") for part, path in folders.items()}
+        make = functools.partial(model_route, models, weights)
     digests.save()
     return Measurement(make, images, {"bytes": "image_id"})
 

@@ -32,6 +32,7 @@ def weights_digest(directory: Path, digests: DigestCache) -> str:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     if not files:
         raise FileNotFoundError(f"no reward model at {directory}: build the components first, or point the setting at a model directory")
+    # Not the form of `weights.weights_digest`: this one is in the key of every score that a lake holds.
     return " ".join(f"{path.relative_to(directory)}={digests.digest(path)}" for path in files)
 
 

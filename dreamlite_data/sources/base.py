@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +130,13 @@ class DigestCache:
         self._known[str(path)] = [facts.st_size, facts.st_mtime_ns, found]
         self._changed = True
         return found
+
+    def of_files(self, root: Path, files: Iterable[Path]) -> str:
+        """sha256 in hex over the names below `root` and the contents of `files`, in their order."""
+        total = hashlib.sha256()
+        for file in files:
+            total.update(f"{file.relative_to(root)}={self.digest(file)}\n".encode())
+        return total.hexdigest()
 
     def save(self) -> None:
         """Write the cache back where anything was added."""
