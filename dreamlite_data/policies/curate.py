@@ -142,22 +142,13 @@ def surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, 
     return found
 
 
-def split_of(group: str, heldout_share: float) -> str:
-    """'heldout' for a share of the groups, by the hash of the group's name: a picture keeps its side in every dataset
-    and every version. `_with_split` says the same of whole columns."""
-    return "heldout" if hashlib.sha256(f"split:{group}".encode()).hexdigest()[:16] < _heldout_below(heldout_share) else "train"
-
-
-def _heldout_below(share: float) -> str:
-    """The first 64 bits of a hash, in hex, from which on a group is no longer held out."""
-    return f"{int(share * 2**64):016x}"
-
-
 def _with_split(lake: Lake, kept: pa.Table, heldout_share: float) -> pa.Table:
+    """`kept` with the column split: 'heldout' for a share of the groups, by the first 64 bits of the hash of the group's name,
+    so that a picture keeps its side in every dataset and every version. A row without group is one of its own."""
     split = lake.query(
         "SELECT CASE WHEN sha256('split:' || coalesce(nullif(group_id, ''), row_id))[:16] < $below THEN 'heldout' ELSE 'train' END AS split "
         "FROM kept",
-        {"below": _heldout_below(heldout_share)},
+        {"below": f"{int(heldout_share * 2**64):016x}"},
         kept=kept.select(["group_id", "row_id"]),
     )
     return kept.append_column("split", split["split"])
