@@ -13,7 +13,7 @@ venv: .venv/.stamp  ## the environment, exactly as tested
 
 .venv/.stamp: pyproject.toml infra/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev,nsfw,ocr]'
 	touch $@
 
 retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|paper LAKE=lake
