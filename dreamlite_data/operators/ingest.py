@@ -119,23 +119,26 @@ class IngestTask:
 def ingest_task(task: IngestTask) -> Written:
     """Runs on a worker: read the units, normalise their images, write one Parquet file per table."""
     operator = Ingest(task.settings)
-    looks: list[pa.Table] = []
     rows: dict[str, list[dict]] = {name: [] for name in TABLES}
+    brought: list[tuple[Unit, list[Record], str | None]] = []
     for unit in task.units:
-        shard = {"subject_id": f"{unit.source}/{unit.shard}", "source": unit.source, "shard": unit.shard, "digest": unit.digest}
         try:
-            records = sources.read(unit, task.settings)
+            brought.append((unit, sources.read(unit, task.settings), None))
         except sources.ShardError as error:
-            rows["op_shard"].append({**shard, "rows": 0, "failed": 0, "error": str(error)})
-            continue
-        failed = _ingest_records(operator, unit, records, rows, looks)
-        rows["op_shard"].append({**shard, "rows": len(records), "failed": failed})
+            brought.append((unit, [], str(error)))
+    results, looks = _examine([record for _, records, _ in brought for record in records], operator)
+    for unit, records, error in brought:
+        failed = sum(_add_record(unit, record, results.pop(id(record), {}), rows, task.settings) for record in records)
+        rows["op_shard"].append({
+            "subject_id": f"{unit.source}/{unit.shard}", "source": unit.source, "shard": unit.shard, "digest": unit.digest,
+            "rows": len(records), "failed": failed, "error": error,
+        })  # fmt: skip
     tables = {name: stamp(name, schema.rows_table(name, found), task.version) for name, found in rows.items() if found}
     for name, key_column in schema.CONTENT_KEYS.items():
         if name in tables:
             tables[name] = first_of_each(tables[name], key_column)
     if "images" in tables:
-        seen = first_of_each(pa.concat_tables(looks), "subject_id")
+        seen = first_of_each(looks, "subject_id")
         seen = seen.filter(pc.is_in(seen["subject_id"], tables["images"]["image_id"]))  # half a triplet is not stored
         tables["op_quality"] = stamp("op_quality", seen, op_version(Quality()))
     key = hashlib.sha256((task.version + "".join(unit.source + unit.shard + unit.digest for unit in task.units)).encode()).hexdigest()[:24]
@@ -152,25 +155,25 @@ def first_of_each(rows: pa.Table, key: str) -> pa.Table:
     return rows.take(pa.array([first[value] for value in sorted(first)], pa.int64()))
 
 
-def _ingest_records(
-    operator: Ingest, unit: Unit, records: list[Record], rows: dict[str, list[dict]], looks: list[pa.Table]
-) -> int:
-    owners = [(index, role) for index, record in enumerate(records) if record.error is None for role in record.images]
-    answers, quality = operator.examine([records[index].images[role] for index, role in owners])
-    looks.append(quality)
+def _examine(records: list[Record], operator: Ingest) -> tuple[dict[int, dict[str, dict]], pa.Table]:
+    """{id of a record: {role: answer}} of all images of all records together, and their rows of op_quality: a file at a time would
+    have the arithmetic of every single image pay for itself."""
+    owners = [(record, role) for record in records if record.error is None for role in record.images]
+    answers, looks = operator.examine([record.images[role] for record, role in owners])
     results: dict[int, dict[str, dict]] = {}
-    for (index, role), result in zip(owners, answers, strict=True):
-        results.setdefault(index, {})[role] = result
-    failed = 0
-    for index, record in enumerate(records):
-        images_of_record = results.get(index, {})
-        for role, result in sorted(images_of_record.items()):
-            if result["error"] and record.error is None:
-                record.error = result["error"]
-                record.detail = f"{role or 'image'}: {result['detail']}"
-        failed += record.error is not None
-        _add_rows(unit, record, images_of_record, rows, operator.settings)
-    return failed
+    for (record, role), answer in zip(owners, answers, strict=True):
+        results.setdefault(id(record), {})[role] = answer
+    return results, looks
+
+
+def _add_record(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str, list[dict]], limits: IngestSettings) -> bool:
+    """Add the rows of one record; whether it failed."""
+    for role, result in sorted(found.items()):
+        if result["error"] and record.error is None:
+            record.error = result["error"]
+            record.detail = f"{role or 'image'}: {result['detail']}"
+    _add_rows(unit, record, found, rows, limits)
+    return record.error is not None
 
 
 def _add_rows(unit: Unit, record: Record, found: dict[str, dict], rows: dict[str, list[dict]], limits: IngestSettings) -> None:
