@@ -116,7 +116,7 @@ def find_contamination(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
 
 
 def _entries(lake: Lake, benchmarks: tuple[Benchmark, ...]) -> pa.Table:
-    digests = DigestCache(lake.files / "benchmarks" / "digests.json")
+    digests = DigestCache(lake.files / "benchmarks" / "digests.sqlite")
     parts = [read_benchmark(benchmark, _digest(benchmark, digests), lake.files / "benchmarks") for benchmark in benchmarks]
     digests.save()
     return lake.query(

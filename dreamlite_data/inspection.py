@@ -41,7 +41,7 @@ def inspect(lake: Lake, settings: RefreshSettings, executor: Executor, name: str
     runs: dict[str, Callable[[Lake, RefreshSettings, Executor, DigestCache], dict[str, int | str]]] = {
         "safety": _safety, "text": _text, "describe": _describe, "embed": _embed, "similarity": _similarity,
     }  # fmt: skip
-    digests = DigestCache(lake.files / "cache" / "weights.json")
+    digests = DigestCache(lake.files / "cache" / "weights.sqlite")
     answer = runs[name](lake, settings, executor, digests)
     digests.save()
     return answer

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
 from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
 from dreamlite_data.lake import Lake
+from dreamlite_data.listing import Listing
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.caption import Caption
 from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
@@ -134,34 +136,26 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
         lake.clean()
         operator = Ingest(settings.ingest)
         version = op_version(operator)
-        digests = DigestCache(_folder(lake) / "digests.json")
+        digests = DigestCache(_folder(lake) / "digests.sqlite")
         listed = source_list(lake, settings)
         fetched = downloads.fetch(lake, listed, settings.downloads)
-        units = [unit for source in listed for unit in source.units(digests)]
-        digests.save()
         names = [source.name for source in listed]
-        known = lake.query(
-            "SELECT source, shard, digest, op_version, error FROM op_shard WHERE list_contains($names, source)", {"names": names}
-        ).to_pylist()
-        done = {(row["source"], row["shard"]): (row["digest"], row["op_version"]) for row in known}
-        failed = {(row["source"], row["shard"]) for row in known if row["error"] is not None}
-        fresh = [
-            unit for unit in units
-            if done.get((unit.source, unit.shard)) != (unit.digest, version) or (unit.remote and (unit.source, unit.shard) in failed)
-        ]  # fmt: skip
-        gone = sorted(set(done) - {(unit.source, unit.shard) for unit in units})
-        if gone:
-            lake.write(lambda connection: delete_records(connection, gone))
-        answer: dict[str, Any] = {"units": len(units), "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0, **fetched}
-        if fresh:
-            tasks = _ingest_tasks(fresh, settings, version, str(lake.staging))
-            with Progress("ingest", total=len(fresh), unit="units") as bar:
-                for task, written in zip(tasks, executor.map(ingest_task, tasks, operator.resources), strict=True):
-                    changed = [(unit.source, unit.shard) for unit in task.units if (unit.source, unit.shard) in done]
-                    commit(lake, written, changed)
-                    answer["records"] += written.rows
-                    answer["failed"] += written.failed
-                    bar.advance(len(task.units), records=answer["records"], failed=answer["failed"])
+        with Listing(lake, (unit for source in listed for unit in source.units(digests))) as units:
+            digests.save()
+            gone = units.gone(names)
+            if gone:
+                lake.write(lambda connection: delete_records(connection, gone))
+            fresh, replacing = units.pending(version)
+            answer: dict[str, Any] = {"units": units.count, "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0, **fetched}
+            if len(fresh):
+                tasks = _ingest_tasks(zip(units.at(fresh), replacing, strict=True), settings, version, str(lake.staging))
+                waiting, done = itertools.tee(tasks)
+                with Progress("ingest", total=len(fresh), unit="units") as bar:
+                    for task, written in zip(done, executor.map(ingest_task, waiting, operator.resources), strict=True):
+                        commit(lake, written, list(task.replaces))
+                        answer["records"] += written.rows
+                        answer["failed"] += written.failed
+                        bar.advance(len(task.units), records=answer["records"], failed=answer["failed"])
         make_current(lake, operator.name, version, operator.config())
         answer["quarantined"] = lake.query(
             "SELECT count(*) AS n FROM op_shard WHERE error IS NOT NULL AND list_contains($names, source)", {"names": names}
@@ -169,16 +163,24 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
         return answer
 
 
-def _ingest_tasks(units: list[Unit], settings: RefreshSettings, version: str, staging: str) -> list[IngestTask]:
-    """A shard is a task; files of one folder are grouped, for a commit per file would take longer than the file."""
-    groups: list[list[Unit]] = []
-    for unit in units:
-        last = groups[-1] if groups else None
-        if last and unit.grouped and last[0].source == unit.source and len(last) < settings.ingest.folder_files_per_task:
-            last.append(unit)
-        else:
-            groups.append([unit])
-    return [IngestTask(tuple(group), settings.ingest, version, staging) for group in groups]
+def _ingest_tasks(units: Iterable[tuple[Unit, bool]], settings: RefreshSettings, version: str, staging: str) -> Iterator[IngestTask]:
+    """A shard is a task; files of one folder are grouped, for a commit per file would take longer than the file. Beside each unit
+    stands whether the lake has read it before."""
+    group: list[tuple[Unit, bool]] = []
+
+    def task() -> IngestTask:
+        replaces = tuple((unit.source, unit.shard) for unit, known in group if known)
+        return IngestTask(tuple(unit for unit, _ in group), settings.ingest, version, staging, replaces)
+
+    for unit, known in units:
+        last = group[-1][0] if group else None
+        joins = last and last.grouped and unit.grouped and last.source == unit.source and len(group) < settings.ingest.folder_files_per_task
+        if group and not joins:
+            yield task()
+            group = []
+        group.append((unit, known))
+    if group:
+        yield task()
 
 
 # --- measure ---------------------------------------------------------------------------------------------------------
@@ -270,7 +272,7 @@ def score(lake: Lake, settings: RefreshSettings, executor: Executor, reward_dirs
     if unknown:
         raise ValueError(f"there is no scoring task {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
     with lake.exclusive("refresh"):
-        digests = DigestCache(_folder(lake) / "digests.json")
+        digests = DigestCache(_folder(lake) / "digests.sqlite")
         for task, directory in sorted(reward_dirs.items()):
             weights = weights_digest(Path(directory), digests)
             images = {"image_bytes": "image_id"} | ({"source_bytes": "source_image_id"} if task == "edit" else {})

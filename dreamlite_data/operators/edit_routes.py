@@ -55,7 +55,7 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
         if not settings.photos.edits_per_image:
             images += " AND false"
         return Measurement(functools.partial(exact_route, settings.photos.edits_per_image, settings.photos.inverse_edits), images, {"bytes": "image_id"})
-    digests = DigestCache(lake.files / "sources" / "digests.json")
+    digests = DigestCache(lake.files / "sources" / "digests.sqlite")
     if name == "edit_composite":
         folder = settings.composite.cutouts
         digest = folder_digest(folder, digests) if folder else ""

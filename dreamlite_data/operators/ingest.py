@@ -108,12 +108,13 @@ class Ingest:
 
 @dataclasses.dataclass(frozen=True)
 class IngestTask:
-    """A group of units for one worker."""
+    """A group of units for one worker; `replaces` names the (source, shard) among them that the lake holds in an earlier state."""
 
     units: tuple[Unit, ...]
     settings: IngestSettings
     version: str
     staging: str
+    replaces: tuple[tuple[str, str], ...] = ()
 
 
 def ingest_task(task: IngestTask) -> Written:

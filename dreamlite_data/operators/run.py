@@ -3,8 +3,10 @@ Pending work is a query, so a first build, a nightly refresh and a resume after 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,33 +42,39 @@ def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, ro
     """Run one operator over its pending rows. Returns how many rows it measured and how many of them failed."""
     operator = measurement.make()
     version = op_version(operator)
-    subjects = waiting(lake, measurement, operator.table, version)
     measured = failed = 0
-    if len(subjects):
-        tasks = cut(lake, measurement, subjects, version, rows_per_task)
-        with Progress(operator.name, total=len(subjects), unit="rows") as bar:
-            for written in executor.map(run_task, tasks, operator.resources):
-                commit(lake, written)
-                measured += written.rows
-                failed += written.failed
-                bar.advance(written.rows, failed=failed)
+    with waiting(lake, measurement, operator.table, version) as subjects:
+        if subjects.metadata.num_rows:
+            tasks = cut(lake, measurement, subjects, version, rows_per_task)
+            with Progress(operator.name, total=subjects.metadata.num_rows, unit="rows") as bar:
+                for written in executor.map(run_task, tasks, operator.resources):
+                    commit(lake, written)
+                    measured += written.rows
+                    failed += written.failed
+                    bar.advance(written.rows, failed=failed)
     make_current(lake, operator.name, version, operator.config())
     return {"rows": measured, "failed": failed}
 
 
-def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> pa.Table:
-    """One column, subject_id, of the pending rows: in the order of their images' files, so that a file is read once, or of
-    their ids. It is all that is held of a night's work at a time."""
+@contextlib.contextmanager
+def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> Iterator[pq.ParquetFile]:
+    """One column, subject_id, of the pending rows: in the order of their images' files, so that a file is read once, or of their ids.
+    It lies in a temporary file, for a night's work may be any number of rows."""
     subject = _subject(lake, measurement.subjects)
     open_rows = _open_rows(measurement.subjects, subject, table)
     main = next(iter(measurement.image_columns.values()), None)
     if main is None:
-        return lake.query(f"SELECT {subject} AS subject_id FROM ({open_rows}) ORDER BY 1", {"version": version})
-    return lake.query(
-        f"SELECT s.{subject} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
-        "ORDER BY images.filename, images.file_row_number, 1",
-        {"version": version},
-    )
+        rows = f"SELECT {subject} AS subject_id FROM ({open_rows}) ORDER BY 1"
+    else:
+        rows = (
+            f"SELECT s.{subject} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
+            "ORDER BY images.filename, images.file_row_number, 1"
+        )
+    with tempfile.NamedTemporaryFile(dir=lake.staging, suffix=".parquet") as file:
+        place = file.name.replace("'", "''")
+        lake.query(f"COPY ({rows}) TO '{place}' (FORMAT parquet)", {"version": version})
+        with pq.ParquetFile(file.name) as subjects:
+            yield subjects
 
 
 def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:
@@ -85,12 +93,12 @@ def _open_rows(subjects: str, subject: str, table: str) -> str:
     return f"SELECT s.* FROM ({subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d ON d.subject_id = s.{subject}"
 
 
-def cut(lake: Lake, measurement: Measurement, subjects: pa.Table, version: str, rows_per_task: int) -> Iterator[Task]:
+def cut(lake: Lake, measurement: Measurement, subjects: pq.ParquetFile, version: str, rows_per_task: int) -> Iterator[Task]:
     """Tasks of at most `rows_per_task` of the `subjects` in their order, each read from the lake when it is asked for.
     Raises LookupError where an image is referred to but not stored."""
     first = _subject(lake, measurement.subjects)
-    for start in range(0, len(subjects), rows_per_task * TASKS_PER_QUERY):
-        portion = subjects.slice(start, rows_per_task * TASKS_PER_QUERY)
+    for batch in subjects.iter_batches(rows_per_task * TASKS_PER_QUERY):
+        portion = pa.Table.from_batches([batch])
         portion = portion.append_column("at", pa.array(np.arange(len(portion))))
         rows = lake.query(
             f"SELECT s.* FROM ({measurement.subjects}) s JOIN portion ON portion.subject_id = s.{first} ORDER BY portion.at", portion=portion

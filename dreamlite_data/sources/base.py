@@ -4,13 +4,13 @@ A unit is named by the digest of its content, so new and changed ones are found 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from dreamlite_data.settings import IngestSettings
+from dreamlite_data.sources.digests import DigestCache
 
 CAPTION_SUFFIXES = ("txt", "caption")
 METADATA_SUFFIX = "json"
@@ -105,47 +105,6 @@ class Source(Protocol):
     name: str
 
     def units(self, digests: DigestCache) -> Iterator[Unit]: ...
-
-
-class DigestCache:
-    """sha256 of files, remembered by (path, size, modification time) so that a nightly listing reads no content twice."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, list] = {}
-        self._changed = False
-        try:
-            self._known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            pass  # a lost or torn cache costs one reading of the files, never a wrong answer
-
-    def digest(self, path: Path) -> str:
-        """sha256 of the file at `path` in hex."""
-        facts = path.stat()
-        seen = self._known.get(str(path))
-        if seen and seen[:2] == [facts.st_size, facts.st_mtime_ns]:
-            return seen[2]
-        with path.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        self._known[str(path)] = [facts.st_size, facts.st_mtime_ns, found]
-        self._changed = True
-        return found
-
-    def of_files(self, root: Path, files: Iterable[Path]) -> str:
-        """sha256 in hex over the names below `root` and the contents of `files`, in their order."""
-        total = hashlib.sha256()
-        for file in files:
-            total.update(f"{file.relative_to(root)}={self.digest(file)}\n".encode())
-        return total.hexdigest()
-
-    def save(self) -> None:
-        """Write the cache back where anything was added."""
-        if self._changed:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._path.with_suffix(".tmp")
-            draft.write_text(json.dumps(self._known))
-            draft.replace(self._path)
-            self._changed = False
 
 
 def read_sidecar(record: Record, suffix: str, payload: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,10 @@ from dreamlite_data.sources.base import (
     Record,
     Unit,
     finish,
-    hidden,
     over_limit,
     read_sidecar,
 )
+from dreamlite_data.sources.walk import files_below
 
 SIDECAR_SUFFIXES = tuple(f".{suffix}" for suffix in (*CAPTION_SUFFIXES, METADATA_SUFFIX))
 
@@ -36,17 +37,13 @@ class FolderSource:
     origin: str | None = None
 
     def units(self, digests: DigestCache) -> Iterator[Unit]:
-        """One unit per image, named by its relative path; a sidecar without an image is a unit of its own."""
+        """One unit per image, named by its relative path; a sidecar without an image is a unit of its own. In the order of the paths
+        without suffix, with no more in hand than the files of one name."""
         root = self.path.resolve()
-        files = sorted(file for file in root.rglob("*") if file.is_file() and not hidden(file.relative_to(root)))
-        inside = [file for file in files if file.resolve().is_relative_to(root)]
-        sidecars: dict[Path, list[Path]] = {}
-        images: dict[Path, list[Path]] = {}
-        for file in inside:
-            (sidecars if file.suffix.lower() in SIDECAR_SUFFIXES else images).setdefault(file.with_suffix(""), []).append(file)
-        for stem, members in sorted({**{stem: [] for stem in sidecars}, **images}.items()):
-            beside = sidecars.get(stem, [])
-            for file in members or beside[:1]:
+        for _, found in itertools.groupby(files_below(root, by_stem=True), lambda file: file.with_suffix("")):
+            files = [file for file in found if not file.is_symlink() or file.resolve().is_relative_to(root)]
+            beside = [file for file in files if file.suffix.lower() in SIDECAR_SUFFIXES]
+            for file in [file for file in files if file not in beside] or beside[:1]:
                 parts = [digests.digest(item) for item in (file, *beside)]
                 shard = os.fsencode(file.relative_to(root)).decode("utf-8", "backslashreplace")
                 yield Unit(

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources import mapping as mappings
-from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit, hidden
+from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
 from dreamlite_data.sources.mapped import ImageStore, records
 from dreamlite_data.sources.mapped_source import MappedSource
+from dreamlite_data.sources.walk import files_below
 
 DEFAULT_MAPPING = "image_text"
 LARGE_GROUP_MB = 100
@@ -42,11 +43,11 @@ class ParquetSource(MappedSource):
     image_root: Path | None = None
     unit_mb: int = 256
 
-    def files(self) -> list[Path]:
+    def files(self) -> Iterator[Path]:
         """The files, hidden ones apart."""
         if self.path.is_file():
-            return [self.path]
-        return sorted(file for file in self.path.rglob("*.parquet") if not hidden(file.relative_to(self.path)))
+            return iter([self.path])
+        return (file for file in files_below(self.path) if file.suffix == ".parquet")
 
     def holds_paths(self) -> bool:
         """Whether the first readable file names its images by path or URL instead of holding their bytes."""
@@ -62,10 +63,9 @@ class ParquetSource(MappedSource):
 
     def units(self, digests: DigestCache) -> Iterator[Unit]:
         """One unit per file, more for a large one. Raises MappingError where the first readable file lacks a mapped column."""
-        files = self.files()
         root = self.path if self.path.is_dir() else self.path.parent
         left, checked = self.limit_rows, False
-        for file in files:
+        for file in self.files():
             if left is not None and left <= 0:
                 return
             try:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from dreamlite_data.settings import IngestSettings
 from dreamlite_data.sources import mapping as mappings
-from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit, hidden
+from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
 from dreamlite_data.sources.mapped import ImageStore, image_values, is_url, records
 from dreamlite_data.sources.mapped_source import PEEKED_ROWS, MappedSource
 from dreamlite_data.sources.row_files import SUFFIXES, Row, rows, some_rows
+from dreamlite_data.sources.walk import files_below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,12 @@ class PathTableSource(MappedSource):
     rows_per_unit: int = 256
     outcomes: Callable[[list[str]], Mapping[str, str]] = nothing_downloaded
 
-    def files(self) -> list[Path]:
+    def files(self) -> Iterator[Path]:
         """The tables, hidden ones apart. In a folder, plain text and JSON that is no list of lines are something else."""
         if self.path.is_file():
-            return [self.path]
+            return iter([self.path])
         tables = set(SUFFIXES) - {".txt", ".json"}
-        return sorted(file for file in self.path.rglob("*") if file.suffix.lower() in tables and not hidden(file.relative_to(self.path)))
+        return (file for file in files_below(self.path) if file.suffix.lower() in tables)
 
     def urls(self) -> Iterator[tuple[str, str | None]]:
         """(URL, expected sha256 or None) of every image that is named by one."""

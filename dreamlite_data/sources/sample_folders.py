@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dreamlite_data.sources.base import DigestCache, Record, ShardError, Unit
 from dreamlite_data.sources.mapped import ImageStore, records
 from dreamlite_data.sources.mapped_source import MappedSource
 from dreamlite_data.sources.row_files import rows
+from dreamlite_data.sources.walk import folders_below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,10 @@ class SampleFolderSource(MappedSource):
         """One unit per sample folder. Raises MappingError where the first readable one lacks a mapped column."""
         files = _files(self.mapping)
         root = self.path.resolve()
-        folders = sorted({found.parent for found in root.rglob(files.rows or files.shared or "*") if found.is_file()})
+        sign = files.rows or files.shared or "*"
+        folders = (folder for folder in folders_below(root) if any(found.is_file() for found in folder.glob(sign)))
         checked, reading = False, FolderReading(self.mapping)
-        for folder in folders[: self.limit_rows]:
+        for folder in itertools.islice(folders, self.limit_rows):
             if not checked:
                 try:
                     mappings.check_rows(self.mapping, [row for _, row in _rows(folder, self.mapping) if isinstance(row, dict)], f"{self.name}/{folder.name}")

@@ -3,10 +3,12 @@ A unit is one URL, so that a file that comes late costs nobody else a second rea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from dreamlite_data.sources.row_files import Row, rows
 URL_COLUMNS = ("url", "image_url", "URL")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "alt")
 LICENCE_COLUMNS = ("licence", "license")
+PORTION_ROWS = 16_384
+"""Rows whose outcomes are asked for together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +59,30 @@ class UrlListSource:
 
     def units(self, digests: DigestCache) -> Iterator[Unit]:
         """One unit per row, named by its URL; a second row with the same URL gets a number."""
-        seen: dict[str, int] = {}
-        listed = list(self._rows())
-        outcomes = self.outcomes(sorted({url for row in listed if (url := _first(row, URL_COLUMNS)) is not None}))
-        for row in listed:
-            url = _first(row, URL_COLUMNS)
-            shard = url if url is not None else f"row {row.number}"
-            seen[shard] = seen.get(shard, 0) + 1
-            shard = shard if seen[shard] == 1 else f"{shard}#{seen[shard]}"
-            reading = UrlReading(
-                url or "", _first(row, CAPTION_COLUMNS), _first(row, LICENCE_COLUMNS), outcomes.get(url or "", ""),
-                None if url is not None else row.error or "the row has no URL",
-            )  # fmt: skip
-            text = json.dumps(dataclasses.astuple(dataclasses.replace(reading, found=_content(reading.found))))
-            yield Unit(
-                source=self.name, domain=self.domain, shard=shard, path=str(self.path), digest=hashlib.sha256(text.encode()).hexdigest(),
-                kind="url", size_bytes=0, licence=self.licence, origin=self.origin, reading=reading,
-            )  # fmt: skip
+        with contextlib.closing(sqlite3.connect("")) as counts:  # a temporary file: URLs are not held in memory
+            counts.execute("CREATE TABLE counts (shard TEXT PRIMARY KEY, times INTEGER) WITHOUT ROWID")
+            listed = self._rows()
+            while portion := list(itertools.islice(listed, PORTION_ROWS)):
+                outcomes = self.outcomes(sorted({url for row in portion if (url := _first(row, URL_COLUMNS)) is not None}))
+                for row in portion:
+                    yield self._unit(row, outcomes, counts)
+
+    def _unit(self, row: Row, outcomes: Mapping[str, str], counts: sqlite3.Connection) -> Unit:
+        url = _first(row, URL_COLUMNS)
+        shard = url if url is not None else f"row {row.number}"
+        (times,) = counts.execute(
+            "INSERT INTO counts VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times", (shard,)
+        ).fetchone()
+        reading = UrlReading(
+            url or "", _first(row, CAPTION_COLUMNS), _first(row, LICENCE_COLUMNS), outcomes.get(url or "", ""),
+            None if url is not None else row.error or "the row has no URL",
+        )  # fmt: skip
+        text = json.dumps(dataclasses.astuple(dataclasses.replace(reading, found=_content(reading.found))))
+        return Unit(
+            source=self.name, domain=self.domain, shard=shard if times == 1 else f"{shard}#{times}", path=str(self.path),
+            digest=hashlib.sha256(text.encode()).hexdigest(), kind="url", size_bytes=0, licence=self.licence, origin=self.origin,
+            reading=reading,
+        )  # fmt: skip
 
     def _rows(self) -> Iterator[Row]:
         files = [self.path] if self.path.is_file() else sorted(item for item in self.path.iterdir() if item.is_file() and item.name[0] != ".")

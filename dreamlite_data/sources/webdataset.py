@@ -26,6 +26,7 @@ from dreamlite_data.sources.base import (
 )
 from dreamlite_data.sources.mapped import ImageStore, records
 from dreamlite_data.sources.mapped_source import PEEKED_ROWS, unit_digest
+from dreamlite_data.sources.walk import files_below
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp", "avif", "ppm")
 ROLES = ("source", "target")
@@ -54,7 +55,9 @@ class WebDatasetSource:
         """One unit per shard. Raises MappingError where the first sample of the first readable shard lacks a mapped column."""
         reading = ShardReading(self.mapping) if self.mapping else None
         checked = False
-        for file in sorted(self.path.rglob("*.tar")):
+        for file in files_below(self.path, hidden=True):
+            if file.suffix != ".tar":
+                continue
             content = digests.digest(file)
             if self.mapping and not checked and (first := _first_sample(file)):
                 mappings.check_rows(self.mapping, [first], f"{self.name}/{file.name}")
