@@ -166,19 +166,21 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
 def _ingest_tasks(units: Iterable[tuple[Unit, bool]], settings: RefreshSettings, version: str, staging: str) -> Iterator[IngestTask]:
     """A shard is a task; files of one folder are grouped, for a commit per file would take longer than the file. Beside each unit
     stands whether the lake has read it before."""
+    limits = settings.ingest
     group: list[tuple[Unit, bool]] = []
+    filled = 0
 
     def task() -> IngestTask:
         replaces = tuple((unit.source, unit.shard) for unit, known in group if known)
-        return IngestTask(tuple(unit for unit, _ in group), settings.ingest, version, staging, replaces)
+        return IngestTask(tuple(unit for unit, _ in group), limits, version, staging, replaces)
 
     for unit, known in units:
-        last = group[-1][0] if group else None
-        joins = last and last.grouped and unit.grouped and last.source == unit.source and len(group) < settings.ingest.folder_files_per_task
-        if group and not joins:
+        alike = group and unit.grouped and group[-1][0].grouped and group[-1][0].source == unit.source
+        if group and not (alike and len(group) < limits.folder_files_per_task and filled + unit.size_bytes <= limits.folder_mb_per_task * 2**20):
             yield task()
-            group = []
+            group, filled = [], 0
         group.append((unit, known))
+        filled += unit.size_bytes
     if group:
         yield task()
 

@@ -175,7 +175,9 @@ class IngestSettings(StrictSettings):
     max_side_px: int = Field(16384, ge=64)
     max_image_px: int = Field(64_000_000, ge=4096)
     max_member_mb: int = Field(64, ge=1)
-    folder_files_per_task: int = Field(512, ge=1)
+    folder_files_per_task: int = Field(1024, ge=1)
+    folder_mb_per_task: int = Field(64, ge=1)
+    """Files of a folder make one task until there are so many of them or they are so large together."""
     rows_per_task: int = Field(1024, ge=1)
 
 

@@ -56,7 +56,7 @@ class Ingest:
 
     def config(self) -> dict[str, Any]:
         """Only what can change a byte: how work is cut into tasks is not part of it."""
-        return self.settings.model_dump(exclude={"rows_per_task", "folder_files_per_task"})
+        return self.settings.model_dump(exclude={"rows_per_task", "folder_files_per_task", "folder_mb_per_task"})
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         answers, _ = self.examine([payload.as_py() for payload in rows["payload"]])

@@ -39,14 +39,14 @@ def folders_below(root: Path) -> Iterator[Path]:
         yield from folders_below(root / name)
 
 
-def sorted_on_disk(entries: Iterable[Entry], order: Callable[[Entry], tuple], portion: int = PORTION_NAMES) -> Iterator[Entry]:
-    """`entries` sorted by `order`. Up to `portion` of them are sorted in memory; of more, each sorted portion goes to a temporary file,
-    and the files are merged."""
+def sorted_on_disk(entries: Iterable[Entry], order: Callable[[Entry], tuple]) -> Iterator[Entry]:
+    """`entries` sorted by `order`. Up to PORTION_NAMES of them are sorted in memory; of more, each sorted portion goes to a temporary
+    file, and the files are merged."""
     with contextlib.ExitStack() as opened:
         parts: list[IO[str]] = []
         held: list[Entry] = []
         for entry in entries:
-            if len(held) == portion:
+            if len(held) == PORTION_NAMES:
                 parts.append(opened.enter_context(_written(sorted(held, key=order))))
                 held = []
             held.append(entry)
