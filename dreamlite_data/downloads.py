@@ -3,8 +3,10 @@ Pending is what no row speaks for: a URL is fetched once, passing failures a lim
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ from dreamlite_data.sources.outcome import Job, Outcome, place
 
 COMMIT_S = 5.0
 """Outcomes are committed at least this often while they come: what a kill can cost is the asking, for stored bytes are not lost."""
+PORTION_URLS = 65_536
+"""URLs that are compared with the lake and fetched at a time: enough hosts among them to keep every connection busy."""
 OUTCOME_FIELDS = ("max_file_mb", "timeout_s", "max_redirects", "opt_out", "private_networks", "user_agent")
 """Settings that can turn a failure into a success; how fast and how often URLs are asked cannot."""
 
@@ -53,26 +57,39 @@ class Download:
 
 def fetch(lake: Lake, sources: Iterable[Any], settings: DownloadSettings) -> dict[str, int]:
     """Fetch the pending URLs of those sources that have any. Returns how many were named, asked, and how many of these failed."""
-    wanted: dict[str, str | None] = {}
-    for source in sources:
-        if hasattr(source, "urls"):
-            for url, sha256 in source.urls():
-                wanted[url] = wanted.get(url) or sha256
-    if not wanted:
-        return {}
-    version = op_version(Download(settings))
-    jobs = pending(lake, wanted, settings)
+    with contextlib.closing(sqlite3.connect("")) as wanted:  # a temporary file: a list may have more URLs than memory
+        wanted.execute("CREATE TABLE wanted (position INTEGER PRIMARY KEY, url TEXT UNIQUE, sha256 TEXT)")
+        wanted.executemany(
+            "INSERT INTO wanted (url, sha256) VALUES (?, ?) ON CONFLICT (url) DO UPDATE SET sha256 = coalesce(nullif(sha256, ''), excluded.sha256)",
+            (pair for source in sources if hasattr(source, "urls") for pair in source.urls()),
+        )
+        (count,) = wanted.execute("SELECT count(*) FROM wanted").fetchone()
+        if not count:
+            return {}
+        version = op_version(Download(settings))
+        answer = {"urls": count, "asked": 0, "download_failed": 0}
+        listed = wanted.execute("SELECT url, sha256 FROM wanted ORDER BY position")
+        with Progress("download", total=count, unit="urls") as bar:
+            while portion := dict(listed.fetchmany(PORTION_URLS)):
+                jobs = pending(lake, portion, settings)
+                answer["asked"] += len(jobs)
+                bar.advance(len(portion) - len(jobs))
+                answer["download_failed"] += _download(lake, jobs, settings, version, bar)
+    make_current(lake, Download.name, version, Download(settings).config())
+    return answer
+
+
+def _download(lake: Lake, jobs: list[Job], settings: DownloadSettings, version: str, bar: Progress) -> int:
+    """Fetch and commit; how many failed."""
     failed = 0
     if jobs:
         from dreamlite_data.sources.download import download  # loading the HTTP library takes longer than a look that finds nothing
 
-        with Progress("download", total=len(jobs), unit="urls") as bar:
-            for outcomes in _in_groups(download(jobs, settings, folder(lake)), COMMIT_S):
-                _commit(lake, outcomes, version)
-                failed += sum(outcome.error is not None for outcome in outcomes)
-                bar.advance(len(outcomes), failed=failed)
-    make_current(lake, Download.name, version, Download(settings).config())
-    return {"urls": len(wanted), "asked": len(jobs), "download_failed": failed}
+        for outcomes in _in_groups(download(jobs, settings, folder(lake)), COMMIT_S):
+            _commit(lake, outcomes, version)
+            failed += sum(outcome.error is not None for outcome in outcomes)
+            bar.advance(len(outcomes), failed=failed)
+    return failed
 
 
 def pending(lake: Lake, wanted: Mapping[str, str | None], settings: DownloadSettings) -> list[Job]:

@@ -90,6 +90,7 @@ class Lake:
         connection.execute("USE lake")
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET preserve_insertion_order = true")
+        connection.execute("SET enable_external_file_cache = false")  # it keeps something of every file that was ever read
         return connection
 
     def close(self) -> None:
