@@ -116,7 +116,7 @@ def test_a_directory_overrides_prompt_and_pixel_budget(tmp_path):
     )
     model = load_reward(own)
     assert model.scorer_id != default.scorer_id
-    assert np.prod(model._pixels(Image.new("RGB", (500, 500))).shape[:2]) == 3136
+    assert np.prod(model.packer.pixels(Image.new("RGB", (500, 500))).shape[:2]) == 3136
     (ids,) = model.tokenizer.branches(["x"])[0]
     assert len(ids) == 3
 

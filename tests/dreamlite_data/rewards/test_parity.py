@@ -79,7 +79,7 @@ def test_swapping_source_and_edited_image_changes_the_score(editreward):
 
 def test_three_dimensional_positions_would_change_the_score(hpsv3):
     row = expected("hpsv3")[0]
-    pixels = hpsv3._pixels(image(row["image"]))
+    pixels = hpsv3.packer.pixels(image(row["image"]))
     grid = (pixels.shape[0] // 14, pixels.shape[1] // 14)
     values = normalise_pixels(pixels, hpsv3.spec.image_mean, hpsv3.spec.image_std)[None]
     trunk = hpsv3.tokenizer.trunk([grid[0] * grid[1] // 4])
