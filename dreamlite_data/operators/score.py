@@ -65,16 +65,17 @@ class Score:
     schema = schema.CONTENT["scores"]
 
     def __init__(
-        self, task: str, directory: Path, weights: str, settings: ScoringSettings = ScoringSettings(), kind: str = REWARD
+        self, task: str, directory: Path, weights: str, settings: ScoringSettings | None = None, kind: str = REWARD
     ) -> None:
         if task not in TASKS:
             raise ValueError(f"there is no scoring task {task!r}: the tasks are {', '.join(TASKS)}")
-        self.task, self.directory, self.weights, self.settings, self.kind = task, str(directory), weights, settings, kind
+        self.task, self.directory, self.weights, self.kind = task, str(directory), weights, kind
+        self.settings = settings or ScoringSettings()
         self.name = f"score_{task}" if kind == REWARD else f"score_{task}_{kind}"
         # A further scorer judges the image alone or with its text; only a reward of edits looks at the picture before.
         self.with_sources = task == "edit" and kind == REWARD
         self.reads = ("subject_id", "text", "image_bytes") + (("source_bytes",) if self.with_sources else ())
-        self.resources = {"num_cpus": 1.0} | ({"num_gpus": settings.num_gpus} if settings.num_gpus else {})
+        self.resources = {"num_cpus": 1.0} | ({"num_gpus": self.settings.num_gpus} if self.settings.num_gpus else {})
 
     def config(self) -> dict[str, Any]:
         # Scores of older lakes are keyed by the weights alone; they were made in float32.

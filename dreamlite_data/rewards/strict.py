@@ -67,7 +67,7 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], where: Path, *, dtype:
     ]  # fmt: skip
     if problems:
         raise RewardCheckpointError(f"{where}: the weights do not fit the configuration ({'; '.join(problems)})")
-    filled = {key: value.to(torch.float32 if key.startswith(heads) and heads else dtype) for key, value in state.items()}
+    filled = {key: value.to(torch.float32 if key.startswith(heads) else dtype) for key, value in state.items()}
     network.load_state_dict(filled, assign=True)
     for name, buffer in network.named_buffers():
         if buffer.is_meta:  # positions 0, 1, 2, ...: no weight, so no file has them
