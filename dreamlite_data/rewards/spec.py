@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
+from dreamlite_data.rewards.stored import RewardCheckpointError
 
 SPEC_FILE = "reward_spec.json"
 PROMPT_FIELD = "{text_prompt}"
