@@ -7,6 +7,7 @@ import base64
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,16 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every two tokens that make up `token`: byte pairs of ranks merge whatever two parts spell a token (tiktoken's rule)."""
     cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
     return [(left, right) for left, right in cuts if left in ranks and right in ranks]
+
+
+def cached_qwen_tokenizer(config: pytest.Config) -> Path:
+    """The folder that `write_qwen_tokenizer` fills, kept in pytest's cache: making it takes half a minute."""
+    made = Path(config.cache.mkdir("qwen2_vl_tokenizer")) / "made"
+    if not made.exists():
+        own = Path(tempfile.mkdtemp(dir=made.parent))
+        write_qwen_tokenizer(own)
+        try:
+            own.rename(made)
+        except OSError:  # another process was faster
+            shutil.rmtree(own)
+    return made
