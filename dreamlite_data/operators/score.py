@@ -93,15 +93,11 @@ class Score:
 
     def infer(self, prepared: dict[str, Any]) -> pa.Table:
         """The scores of packed rows, as rows of the table, in batches of as many tokens as the settings say."""
-        packed = prepared["packed"]
         with worker_threads():
             model = scorer(self.kind, self.directory, self.settings.dtype, bool(self.settings.num_gpus))
-            scores = model.score_packed(packed, self.settings.batch_tokens)
+            scores = model.score_packed(prepared["packed"], self.settings.batch_tokens)
         count = len(scores.errors)
         bad = np.array([error is not None for error in scores.errors], dtype=bool)
-        tokens = np.zeros(count, np.int64)
-        tokens[packed.rows] = packed.n_tokens
-        unpacked = np.isin(np.arange(count), packed.rows, invert=True)
         columns = {
             "subject_id": prepared["subjects"],
             "op_version": pa.nulls(count, pa.string()),
@@ -111,7 +107,7 @@ class Score:
             # A scorer without uncertainty has none to store.
             "log_sigma": pa.array(scores.log_sigma, pa.float32(), mask=bad | ~np.isfinite(scores.log_sigma)),
             "error": pa.array(scores.errors, pa.string()),
-            "n_tokens": pa.array(tokens, pa.int32(), mask=unpacked),
+            "n_tokens": pa.array(scores.tokens, pa.int32(), mask=bad),
             **self._heads(model.head_names, scores.heads, bad),
         }
         return pa.table({name: columns[name] for name in self.schema.names}, schema=self.schema)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
 from dreamlite_data.rewards.square_scorer import SquarePacker, SquareScorer
 from dreamlite_data.rewards.squares import read_square
+from dreamlite_data.rewards.stored import RewardCheckpointError
 from dreamlite_data.rewards.strict import find_file, read_state
 from dreamlite_data.rewards.towers import load_clip_folder
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
 from dreamlite_data.rewards.square_scorer import SquarePacker, SquareScorer
 from dreamlite_data.rewards.squares import Square
+from dreamlite_data.rewards.stored import RewardCheckpointError
 from dreamlite_data.rewards.strict import fill, find_file, read_state
 from dreamlite_data.rewards.towers import load_tokenizer
 

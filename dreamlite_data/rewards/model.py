@@ -14,26 +14,24 @@ import torch
 from torch import Tensor
 
 from dreamlite_data.rewards.gradient import chunked
-from dreamlite_data.rewards.loader import weight_files
 from dreamlite_data.rewards.network import PackedText, RewardNetwork, load_network
-from dreamlite_data.rewards.packing import PackedRows, Picture, RowPacker
+from dreamlite_data.rewards.packing import MAX_BATCH_TOKENS, PackedRows, Picture, RowPacker
 from dreamlite_data.rewards.preprocess import check_images01, normalise_pixels, normalised_from_tensor, patchify
 from dreamlite_data.rewards.spec import RewardSpec, read_spec
-
-MAX_BATCH_TOKENS = 32_768
-"""Decoder tokens of one scoring batch: 40 rows of HPSv3, hundreds of small-world rows."""
+from dreamlite_data.rewards.stored import RewardCheckpointError, weight_files
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardScores:
     """Scores of B rows. `heads` [B, H, 2] holds (mu, log sigma) of each head, `mu` and `log_sigma` their means over
     heads. Index 1 is a log standard deviation, never a quality. A row that could not be scored has NaN and a reason
-    in `errors`, which is None elsewhere."""
+    in `errors`, which is None elsewhere. `tokens` int64 [B] counts what ran through the network, 0 for such a row."""
 
     mu: np.ndarray
     log_sigma: np.ndarray
     heads: np.ndarray
     errors: tuple[str | None, ...]
+    tokens: np.ndarray
 
 
 class RewardModel:
@@ -42,6 +40,11 @@ class RewardModel:
     def __init__(
         self, model_dir: Path, network: RewardNetwork, spec: RewardSpec, *, share_prefix: bool = True
     ) -> None:
+        if len(network.heads) != len(spec.heads):
+            raise RewardCheckpointError(
+                f"{model_dir} holds {len(network.heads)} reward heads, but its kind {spec.kind!r} has {len(spec.heads)} "
+                f"({', '.join(spec.heads)}); set kind, heads and prompts in reward_spec.json to those it was trained with"
+            )
         self.model_dir, self.network, self.spec = Path(model_dir), network, spec
         rows = network.backbone.get_input_embeddings().weight.shape[0]
         self.packer = RowPacker(self.model_dir, spec, network.config.vision_config, rows, share_prefix=share_prefix)
@@ -78,7 +81,7 @@ class RewardModel:
         for path in [*weight_files(self.model_dir), *extra]:
             with path.open("rb") as opened:
                 digest.update(path.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-        digest.update(str(self.network.backbone.dtype).encode())
+        digest.update(str(self.network.backbone.dtype).encode() + (b" nf4" if self.network.four_bit else b""))
         return f"{self.kind}-{digest.hexdigest()[:12]}"
 
     def score(
@@ -90,7 +93,8 @@ class RewardModel:
     ) -> RewardScores:
         """Score images against prompts; `sources` are the images before the edit (EditReward needs them, HPSv3 refuses
         them). Rows are sorted by length and batched to at most `batch_size` rows; batching does not change a score.
-        An image that cannot be read costs its own row only."""
+        An image given as a file is opened, resized and closed in its turn. An image or a prompt that cannot be read
+        costs its own row only."""
         return self.score_packed(self.packer.pack(images, prompts, sources), batch_size=batch_size)
 
     def score_packed(
@@ -107,7 +111,10 @@ class RewardModel:
             errors[index] = errors[index] or "the model returned a value that is not finite"
             heads[index] = np.nan
         mean = heads.mean(1)
-        return RewardScores(mean[:, 0].copy(), mean[:, 1].copy(), heads, tuple(errors))
+        tokens = np.zeros(len(errors), np.int64)
+        tokens[packed.rows] = packed.n_tokens
+        tokens[np.isnan(mean[:, 0])] = 0
+        return RewardScores(mean[:, 0].copy(), mean[:, 1].copy(), heads, tuple(errors), tokens)
 
     def differentiable(
         self,
@@ -115,27 +122,33 @@ class RewardModel:
         prompts: Sequence[str],
         sources01: Tensor | None = None,
         chunk_size: int = 32,
+        round_to_8_bits: bool = False,
     ) -> Tensor:
         """mu [B] of float images [B, 3, H, W] in [0, 1], with gradient to `images01` only.
 
         The graph of one chunk lives at a time: each score depends on its own image alone, so its gradient is taken at
-        once and kept as an image. Raises TypeError or ValueError on 8-bit or out-of-range input.
+        once and kept as an image. `round_to_8_bits` scores what a stored file would hold, with the gradient passed
+        straight through. Without a resize and with rounding this is `score` to float error; the resize differs from
+        PIL's by up to one 8-bit level a pixel. Raises TypeError or ValueError on 8-bit or out-of-range input.
         """
         self.packer.check(images01.shape[0], prompts, sources01)
         check_images01(images01)
         if sources01 is not None:
             check_images01(sources01, "sources01")
-        return chunked(self._mu_of_tensor, images01, prompts, sources01, chunk_size)
 
-    def _mu_of_tensor(self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None) -> Tensor:
-        return self.heads_of_tensor(images01, prompts, sources01)[..., 0].mean(1)
+        def mu_of(chunk: Tensor, texts: Sequence[str], sources: Tensor | None) -> Tensor:
+            return self.heads_of_tensor(chunk, texts, sources, round_to_8_bits)[..., 0].mean(1)
 
-    def heads_of_tensor(self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None) -> Tensor:
+        return chunked(mu_of, images01, prompts, sources01, chunk_size)
+
+    def heads_of_tensor(
+        self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None, round_to_8_bits: bool = False
+    ) -> Tensor:
         """(mu, log sigma) of each head, [B, H, 2], as one graph with gradient to `images01`."""
-        groups = [self._tensor_patches(images01)]
+        groups = [self._tensor_patches(images01, round_to_8_bits)]
         if sources01 is not None:
             with torch.no_grad():
-                groups.insert(0, self._tensor_patches(sources01))
+                groups.insert(0, self._tensor_patches(sources01, round_to_8_bits))
         counts = [grid[0] * grid[1] // self.merge**2 for _, grid in groups]
         features = []
         for number, (patches, grid) in enumerate(groups):
@@ -150,13 +163,13 @@ class RewardModel:
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass of `differentiable`: less memory, one more forward pass.
         The backbone goes to train mode, for transformers skips checkpointing in eval mode; it has no active dropout."""
-        self.network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.network.backbone.activation_checkpointing_enable({"use_reentrant": False})
         self.network.backbone.train()
 
-    def _tensor_patches(self, images01: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _tensor_patches(self, images01: Tensor, round_to_8_bits: bool) -> tuple[Tensor, tuple[int, int]]:
         values = normalised_from_tensor(
             images01.to(self.network.device), self.patch * self.merge, self.spec.min_px, self.spec.max_px,
-            self.spec.image_mean, self.spec.image_std,
+            self.spec.image_mean, self.spec.image_std, round_to_8_bits=round_to_8_bits,
         )  # fmt: skip
         grid = (values.shape[-2] // self.patch, values.shape[-1] // self.patch)
         return patchify(values, self.patch, self.merge, self.temporal), grid
@@ -173,9 +186,10 @@ class RewardModel:
 
 
 def load_reward(
-    model_dir: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    model_dir: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, four_bit: bool = False
 ) -> RewardModel:
     """Load a reward model from a checkpoint directory: weights in either published layout, config.json, tokenizer,
-    and optionally `reward_spec.json`. `dtype` is the backbone's; heads stay float32. Raises RewardCheckpointError."""
-    network = load_network(Path(model_dir), device, dtype)
+    and optionally `reward_spec.json`. `dtype` is the backbone's; heads stay float32. `four_bit` quantises the decoder
+    while loading (`rewards.four_bit`). Raises RewardCheckpointError."""
+    network = load_network(Path(model_dir), device, dtype, four_bit=four_bit)
     return RewardModel(Path(model_dir), network, read_spec(Path(model_dir), network.config.model_type))

@@ -4,7 +4,6 @@ The other half, `RewardModel.score_packed`, sees nothing but these arrays."""
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dreamlite_data.rewards.loader import RewardCheckpointError, stored_shapes, vocabulary_rows, weight_files
-from dreamlite_data.rewards.preprocess import pixels_from_pil
+from dreamlite_data.rewards.loader import vocabulary_rows
+from dreamlite_data.rewards.preprocess import opened_image, pixels_from_pil
 from dreamlite_data.rewards.spec import RewardSpec, read_spec
+from dreamlite_data.rewards.stored import read_headers, weight_files
 from dreamlite_data.rewards.text import RewardTokenizer, split_common
 
-MAX_ROW_TOKENS = 32_768
-"""Decoder tokens of one row; more is an error of that row. HPSv3's and EditReward's bases take 32,768 positions."""
+MAX_BATCH_TOKENS = 32_768
+"""Decoder tokens of one scoring batch, 40 rows of HPSv3, hundreds of small-world rows; and of one row, whose error more is: the
+bases of HPSv3 and EditReward know 32,768 positions."""
 
-Picture = Image.Image | bytes
-"""An image, or the bytes of its file: those are decoded here, so that a broken one is an error of its row."""
+Picture = Image.Image | Path | bytes
+"""An image, its file, or the bytes of its file: those are opened here, so that a broken one is an error of its row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +48,7 @@ class PackedRows:
     def batches(self, max_tokens: int, max_rows: int | None = None) -> list[np.ndarray]:
         """Packed rows in batches of at most `max_tokens` with their padding (one row may pass it alone), shortest first:
         rows of one length stand together, so that little is padded."""
-        lengths = self.n_tokens
-        batches: list[list[int]] = []
-        for row in np.argsort(lengths, kind="stable").tolist():
-            full = not batches or len(batches[-1]) == max_rows or (len(batches[-1]) + 1) * int(lengths[row]) > max_tokens
-            if full:
-                batches.append([])
-            batches[-1].append(row)
-        return [np.asarray(batch) for batch in batches]
+        return [np.asarray(batch) for batch in batches(self.n_tokens.tolist(), max_rows, max_tokens)]
 
     def images_of(self, batch: np.ndarray) -> list[np.ndarray]:
         """The images [H, W, 3] of these rows, in the order of the rows."""
@@ -101,23 +95,23 @@ class RowPacker:
     def pack(self, images: Sequence[Picture], prompts: Sequence[str], sources: Sequence[Picture] | None = None) -> PackedRows:
         """Pack every row that can be; whatever a row's image or prompt raises becomes its entry in `errors`."""
         self.check(len(images), prompts, sources)
-        errors: list[str | None] = [None] * len(images)
+        errors = [prompt_error(prompt) for prompt in prompts]
         rows, pixels, sizes, ids, lengths = [], [], [], [], []
-        branches = self.tokenizer.branches([str(prompt) for prompt in prompts])
+        branches = self.tokenizer.branches([prompt if error is None else "" for prompt, error in zip(prompts, errors, strict=True)])
         for index, image in enumerate(images):
             group = [image] if sources is None else [sources[index], image]
-            if prompts[index] is None:
-                errors[index] = "the row has no text"
+            if errors[index]:
                 continue
             try:
-                found = [self.pixels(opened(each)) for each in group]
+                found = [self.pixels(each) for each in group]
             except Exception as error:  # the contract: a bad row is a result
                 errors[index] = f"{type(error).__name__}: {error}"[:500]
                 continue
             trunk, own = self.share(self.tokenizer.trunk([self.image_tokens(each.shape[:2]) for each in found]), branches[index])
             parts = [trunk, *own]
-            if sum(map(len, parts)) > MAX_ROW_TOKENS:
-                errors[index] = f"the row has {sum(map(len, parts))} tokens, more than {MAX_ROW_TOKENS}: shorten its text"
+            count = sum(map(len, parts))
+            if count > MAX_BATCH_TOKENS:
+                errors[index] = f"ValueError: the prompt makes {count:,} tokens, more than {MAX_BATCH_TOKENS:,}"
                 continue
             rows.append(index)
             pixels += [each.reshape(-1) for each in found]
@@ -133,9 +127,10 @@ class RowPacker:
             tuple(errors),
         )
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
+    def pixels(self, picture: Picture) -> np.ndarray:
         """uint8 [H, W, 3] of the size that this model sees."""
-        return pixels_from_pil(image, self.patch * self.merge, self.spec.min_px, self.spec.max_px)
+        with opened_image(picture) as image:
+            return pixels_from_pil(image, self.patch * self.merge, self.spec.min_px, self.spec.max_px)
 
     def image_tokens(self, size: tuple[int, ...]) -> int:
         """Tokens of an image of (H, W) pixels after resizing."""
@@ -149,20 +144,34 @@ class RowPacker:
         return trunk + common, rest
 
 
-def opened(picture: Picture) -> Image.Image:
-    """The image of a file's bytes; an image as it is. Raises what Pillow raises."""
-    return Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+def batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int = MAX_BATCH_TOKENS) -> list[list[int]]:
+    """Indices of rows by rising number of tokens, cut where a batch would pass `max_rows` rows or, padded, `max_tokens`."""
+    found: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        full = not found or len(found[-1]) == max_rows
+        if full or (len(found[-1]) + 1) * lengths[index] > max_tokens:
+            found.append([])
+        found[-1].append(index)
+    return found
+
+
+def prompt_error(prompt: object) -> str | None:
+    """Why a prompt cannot be tokenized; one such text would fail the whole batch."""
+    if not isinstance(prompt, str):
+        return f"TypeError: the prompt is {type(prompt).__name__}, not text"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        return f"{type(error).__name__}: the prompt is no valid Unicode: {error.reason}"
+    return None
 
 
 def load_packer(model_dir: Path | str) -> RowPacker:
     """The packer of a checkpoint directory; reads config, tokenizer and the headers of the weights, but no weight.
     Raises RewardCheckpointError as `load_reward` does."""
-    from transformers import AutoConfig
+    from dreamlite_data.rewards.network import read_config
 
     folder = Path(model_dir)
-    files = weight_files(folder)
-    if not (folder / "config.json").exists():
-        raise RewardCheckpointError(f"{folder} has no config.json; copy it from the base model")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    rows = vocabulary_rows(stored_shapes(files), folder)
+    rows = vocabulary_rows(read_headers(weight_files(folder)), folder)
+    config = read_config(folder)
     return RowPacker(folder, read_spec(folder, config.model_type), config.vision_config, rows)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dreamlite_data.rewards.gradient import chunked
-from dreamlite_data.rewards.model import MAX_BATCH_TOKENS, RewardScores
-from dreamlite_data.rewards.packing import Picture, opened
-from dreamlite_data.rewards.preprocess import check_images01
+from dreamlite_data.rewards.model import RewardScores
+from dreamlite_data.rewards.packing import MAX_BATCH_TOKENS, Picture, prompt_error
+from dreamlite_data.rewards.preprocess import check_images01, opened_image
 from dreamlite_data.rewards.squares import Square
 
 PACKING_VERSION = 1
@@ -60,14 +60,14 @@ class SquarePacker:
         none of these scorers compares with the image before an edit."""
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        errors: list[str | None] = [None] * len(images)
+        errors = [None if self.tokenizer is None else prompt_error(prompt) for prompt in prompts]
         rows, pixels = [], []
-        for index, image in enumerate(images):
-            if self.tokenizer is not None and prompts[index] is None:
-                errors[index] = "the row has no text"
+        for index, picture in enumerate(images):
+            if errors[index]:
                 continue
             try:
-                pixels.append(self.square.pixels(opened(image)))
+                with opened_image(picture) as image:
+                    pixels.append(self.square.pixels(image))
             except Exception as error:  # the contract: a bad row is a result
                 errors[index] = f"{type(error).__name__}: {error}"[:500]
                 continue
@@ -133,7 +133,10 @@ class SquareScorer(abc.ABC):
             errors[index] = errors[index] or "the model returned a value that is not finite"
             found[index] = np.nan
         without = np.full_like(found, np.nan)
-        return RewardScores(found, without, np.stack([found, without], -1)[:, None], tuple(errors))
+        tokens = np.zeros(len(errors), np.int64)
+        tokens[packed.rows] = packed.n_tokens
+        tokens[np.isnan(found)] = 0
+        return RewardScores(found, without, np.stack([found, without], -1)[:, None], tuple(errors), tokens)
 
     def differentiable(
         self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None, chunk_size: int = 32

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
 from dreamlite_data.rewards.preprocess import straight_through_clamp
+from dreamlite_data.rewards.stored import RewardCheckpointError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
+from dreamlite_data.rewards.stored import RewardCheckpointError
 
 WRAPPERS = ("state_dict", "model")
 """Names under which training scripts put the tensors: open_clip's and HPSv2's, and BLIP's."""

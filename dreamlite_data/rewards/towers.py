@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
 from dreamlite_data.rewards.open_clip_layout import clip_state
 from dreamlite_data.rewards.square_scorer import SquarePacker, SquareScorer
 from dreamlite_data.rewards.squares import Square, read_square
+from dreamlite_data.rewards.stored import RewardCheckpointError
 from dreamlite_data.rewards.strict import fill, find_file, read_state
 
 CLIP_SCORE_SCALE = 100.0

@@ -31,7 +31,7 @@ class Brightness:
 
     def score(self, images, prompts, sources=None):
         mu = np.array([self.sign * np.asarray(image).mean() / 255 for image in images], np.float32)
-        return RewardScores(mu, mu, np.stack([mu, mu], -1)[:, None], (None,) * len(images))
+        return RewardScores(mu, mu, np.stack([mu, mu], -1)[:, None], (None,) * len(images), np.ones(len(images)))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_an_image_that_the_second_scorer_cannot_read_is_said():
     class Blind(Brightness):
         def score(self, images, prompts, sources=None):
             nothing = np.full(len(images), np.nan, np.float32)
-            return RewardScores(nothing, nothing, nothing[:, None, None], ("too dark",) * len(images))
+            return RewardScores(nothing, nothing, nothing[:, None, None], ("too dark",) * len(images), np.zeros(len(images)))
 
     watch = HackingWatch({"generate": Blind()}, SETTINGS)
     with pytest.raises(RuntimeError, match="second scorer of 'generate' could not score an image: too dark"):
