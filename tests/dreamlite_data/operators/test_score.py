@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import trainers
-from dreamlite_data import executors, refresh
+from dreamlite_data import executors, refresh, scenes
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.run import Measurement, measure_pending
@@ -22,16 +22,40 @@ from dreamlite_data.operators.score import Score
 from dreamlite_data.rewards import RewardModel
 from dreamlite_data.rewards.packing import PackedRows
 from dreamlite_data.settings import RefreshSettings, ScoringSettings
-from tests.dreamlite_data.conftest import build, small_settings
+from tests.dreamlite_data.conftest import small_settings
 from tests.dreamlite_data.rewards import tiny_scorers
 
 REWARDS = {task: Path(trainers.__file__).parent / "components" / "small_world" / "rewards" / task for task in ("generate", "edit")}
 HEADS = ("follow_mu", "follow_log_sigma", "quality_mu", "quality_log_sigma")
-TINY = {"scenes": {"t2i_rows": 24, "edit_rows": 24, "shard_rows": 24, "fault_share": 0.1}, "photos": {"enabled": False}}
+VERSIONS = {name: name for name in ("ingest", "verify_caption", "verify_edit")}
+CAPTIONS, EDITS = 20, 18
 
 
 def settings_with(**changes: object) -> RefreshSettings:
-    return small_settings(**{**TINY, "ingest": {"rows_per_task": 8}, **changes})
+    return small_settings(**{"ingest": {"rows_per_task": 8}, **changes})
+
+
+def measured_rows() -> dict[str, list[dict]]:
+    """What a refresh has stored of rendered scenes before it scores them: one caption does not match its picture."""
+    rng = np.random.default_rng(0)
+    tables: dict[str, list[dict]] = {name: [] for name in ("images", "captions", "edits", "op_ingest", "op_verify_caption", "op_verify_edit")}
+    for number in range(CAPTIONS):
+        scene, name = scenes.sample_scene(rng), f"{number:02}"
+        tables["images"].append({"image_id": name, "bytes": png_of(scenes.render(scene)), "width": 64, "height": 64})
+        tables["captions"].append({"caption_id": f"c{name}", "image_id": name, "text": scenes.caption(scene), "style": "provider"})
+        tables["op_ingest"].append(
+            {"subject_id": f"r{name}", "op_version": "ingest", "source": "world", "task": "generate", "image_id": name, "caption_id": f"c{name}"}
+        )
+        matches = number != 0
+        tables["op_verify_caption"].append({"subject_id": f"c{name}", "op_version": "verify_caption", "in_language": True, "matches": matches})
+    for number in range(EDITS):
+        edit, name = f"e{number:02}", f"{number:02}"
+        tables["edits"].append(
+            {"edit_id": edit, "source_image_id": name, "target_image_id": f"{number + 1:02}", "instruction": "make the circle red", "edit_type": "recolour"}
+        )
+        tables["op_ingest"].append({"subject_id": f"t{name}", "op_version": "ingest", "source": "world", "task": "edit", "edit_id": edit})
+        tables["op_verify_edit"].append({"subject_id": edit, "op_version": "verify_edit", "in_language": True, "matches": True})
+    return tables | {"operator_versions": [{"name": name, "op_version": version, "position": 0} for name, version in VERSIONS.items()]}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +63,7 @@ def unscored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small lake with everything but scores; tests score copies of it."""
     folder = tmp_path_factory.mktemp("unscored") / "lake"
     with Lake(folder) as lake:
-        build(lake, settings_with())
+        lake.append(measured_rows())
     return folder
 
 
@@ -59,10 +83,14 @@ def scores_of(lake: Lake) -> list[dict]:
     return lake.query("SELECT * FROM scores ORDER BY ALL").to_pylist()
 
 
-def png(colour: tuple[int, int, int] = (200, 30, 30), side_px: int = 64) -> bytes:
+def png_of(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (side_px, side_px), colour).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
+    return png_of(np.full((64, 64, 3), colour, np.uint8))
 
 
 def rows_of(payloads: list[bytes], texts: list[str | None], sources: list[bytes] | None = None) -> pa.Table:
@@ -75,7 +103,7 @@ def rows_of(payloads: list[bytes], texts: list[str | None], sources: list[bytes]
 
 def test_an_edit_s_heads_are_stored_beside_their_mean(scored):
     rows = scored.query("SELECT * FROM scores WHERE task = 'edit'").to_pylist()
-    assert len(rows) > 10
+    assert len(rows) == EDITS
     for row in rows:
         assert row["error"] is None and row["n_tokens"] > 0
         assert row["mu"] == pytest.approx((row["follow_mu"] + row["quality_mu"]) / 2, abs=1e-5)
@@ -85,7 +113,8 @@ def test_an_edit_s_heads_are_stored_beside_their_mean(scored):
 
 def test_a_caption_s_reward_has_one_head(scored):
     rows = scored.query("SELECT * FROM scores WHERE task = 'generate'").to_pylist()
-    assert rows and all(row[name] is None for row in rows for name in HEADS)
+    assert len(rows) == CAPTIONS - 1  # without the caption that does not match
+    assert all(row[name] is None for row in rows for name in HEADS)
     assert all(row["mu"] is not None and row["n_tokens"] > 0 for row in rows)
 
 
