@@ -59,7 +59,7 @@ def test_chunked_backward_equals_the_plain_graph(short_hpsv3, short_editreward):
         images = batch().requires_grad_()
         found = model.differentiable(images, PROMPTS, sources, chunk_size=2)
         (found * weights).sum().backward()
-        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
         torch.testing.assert_close(images.grad, plain.grad, rtol=1e-3, atol=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_a_pixel_outside_the_range_gets_a_gradient(short_hpsv3, size):
     score.sum().backward()
     assert (images.grad[bright] != 0).float().mean() > 0.99
     clamped = short_hpsv3.differentiable(images.detach().clamp(0, 1), PROMPTS[:1])
-    torch.testing.assert_close(score.detach(), clamped, rtol=0, atol=1e-5)  # forward it is clamped
+    torch.testing.assert_close(score.detach(), clamped, rtol=0, atol=1e-4)  # forward it is clamped
 
 
 def test_rounding_to_8_bits_scores_what_a_file_would_hold(short_hpsv3):
