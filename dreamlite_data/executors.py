@@ -180,7 +180,8 @@ class RayExecutor:
                     raise error.as_instanceof_cause() from None
                 except ray.exceptions.RayError as error:
                     raise ExecutorError(
-                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is safe; run again"
+                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is "
+                        "safe; run again"
                     ) from error
                 running.popleft()
                 for task in itertools.islice(tasks, 1):

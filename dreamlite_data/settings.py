@@ -301,7 +301,9 @@ class FurtherScorer(StrictSettings):
     @model_validator(mode="after")
     def _reads_what_is_there(self) -> FurtherScorer:
         if "edit" in self.tasks and self.kind != "aesthetic":
-            raise ValueError(f"the scorer {self.kind!r} compares an image with its caption, which an edit has not: for tasks with 'edit' take 'aesthetic'")
+            raise ValueError(
+                f"the scorer {self.kind!r} compares an image with its caption, which an edit has not: for tasks with 'edit' take 'aesthetic'"
+            )
         return self
 
 

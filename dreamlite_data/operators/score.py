@@ -64,9 +64,7 @@ class Score:
     table = "scores"
     schema = schema.CONTENT["scores"]
 
-    def __init__(
-        self, task: str, directory: Path, weights: str, settings: ScoringSettings | None = None, kind: str = REWARD
-    ) -> None:
+    def __init__(self, task: str, directory: Path, weights: str, settings: ScoringSettings | None = None, kind: str = REWARD) -> None:
         if task not in TASKS:
             raise ValueError(f"there is no scoring task {task!r}: the tasks are {', '.join(TASKS)}")
         self.task, self.directory, self.weights, self.kind = task, str(directory), weights, kind

@@ -7,5 +7,6 @@ from dreamlite_data.rewards.spec import RewardSpec
 from dreamlite_data.rewards.stored import RewardCheckpointError
 
 __all__ = [
-    "KINDS", "RewardCheckpointError", "RewardModel", "RewardScores", "RewardSpec", "Scorer", "load_reward", "load_scorer", "load_scorer_packer",
+    "KINDS", "RewardCheckpointError", "RewardModel", "RewardScores", "RewardSpec", "Scorer", "load_reward", "load_scorer",
+    "load_scorer_packer",
 ]  # fmt: skip

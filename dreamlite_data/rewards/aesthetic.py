@@ -65,7 +65,9 @@ def load_aesthetic(folder: Path, dtype: torch.dtype) -> AestheticNetwork:
     head, tower = head_of(read_state(path), path), load_clip_folder(folder, dtype)
     width = getattr(tower.config, "projection_dim", None) if tower.config.model_type == "clip" else tower.config.vision_config.hidden_size
     if head[0].in_features != width:
-        raise RewardCheckpointError(f"{path} was trained on embeddings of {head[0].in_features} numbers, the model in {folder} gives {width}")
+        raise RewardCheckpointError(
+            f"{path} was trained on embeddings of {head[0].in_features} numbers, the model in {folder} gives {width}"
+        )
     return AestheticNetwork(tower, head)
 
 
@@ -75,5 +77,5 @@ def aesthetic_packer(folder: Path) -> SquarePacker:
 
     if not (Path(folder) / "config.json").exists():
         raise RewardCheckpointError(f"{folder} has no config.json: put the CLIP or SigLIP model that the head was trained on there")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return SquarePacker(read_square(folder, "round"), config.vision_config.patch_size)

@@ -35,7 +35,14 @@ VISION = {
     "norm.weight": "post_layernorm.weight",
     "norm.bias": "post_layernorm.bias",
 }
-IN_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+IN_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 
 
 class ImageRewardNetwork(nn.Module):
@@ -92,7 +99,11 @@ def load_image_reward(folder: Path, dtype: torch.dtype) -> ImageRewardNetwork:
     state = read_state(path)
     mapped = {name: value for key, value in state.items() if (name := our_key(key)) is not None}
     vision, text = _configs(folder, path, state)
-    widths = [(int(found[1]), *reversed(value.shape)) for key, value in state.items() if (found := re.fullmatch(r"mlp\.layers\.(\d+)\.weight", key))]
+    widths = [
+        (int(found[1]), *reversed(value.shape))
+        for key, value in state.items()
+        if (found := re.fullmatch(r"mlp\.layers\.(\d+)\.weight", key))
+    ]
     if not widths:
         raise RewardCheckpointError(f"{path} has no reward head (looked for mlp.layers.*): give the released ImageReward.pt")
     with torch.device("meta"):

@@ -77,13 +77,17 @@ def key_problems(network: nn.Module, header: dict[str, StoredTensor]) -> dict[st
     """What does not fit between a network and stored weights: lists of 'missing', 'unexpected' and 'misshapen' keys."""
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
-    found = {name: key for key in header if (name := network_key(key)) is not None}
-    for name, key in found.items():
-        if name not in expected:
+    found: set[str] = set()
+    for key in header:
+        name = network_key(key)
+        if name is None:
+            continue
+        if name not in expected or name in found:  # a key of each layout for one weight would leave the choice to chance
             problems["unexpected"].append(key)
         elif header[key].shape != expected[name]:
             problems["misshapen"].append(f"{key} {header[key].shape} instead of {expected[name]}")
-    problems["missing"] = sorted(set(expected) - set(found))
+        found.add(name)
+    problems["missing"] = sorted(set(expected) - found)
     return {word: sorted(keys) for word, keys in problems.items()}
 
 

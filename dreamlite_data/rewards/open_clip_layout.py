@@ -22,7 +22,13 @@ NORMS = {
     "visual.ln_post": "vision_model.post_layernorm",
     "ln_final": "text_model.final_layer_norm",
 }
-IN_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+IN_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 _LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
@@ -48,6 +54,8 @@ def clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _in_layer(layer: str, name: str, key: str, value: Tensor) -> dict[str, Tensor]:
     stacked = re.fullmatch(r"attn\.in_proj_(weight|bias)", name)
     if stacked:
-        return {f"{layer}.self_attn.{part}_proj.{stacked[1]}": piece.contiguous() for part, piece in zip("qkv", value.chunk(3), strict=True)}
+        return {
+            f"{layer}.self_attn.{part}_proj.{stacked[1]}": piece.contiguous() for part, piece in zip("qkv", value.chunk(3), strict=True)
+        }
     stem, _, part = name.rpartition(".")
     return {f"{layer}.{IN_LAYER[stem]}.{part}" if stem in IN_LAYER else key: value}

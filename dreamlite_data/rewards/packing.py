@@ -80,7 +80,11 @@ class RowPacker:
 
     def __init__(self, model_dir: Path, spec: RewardSpec, vision_config: Any, rows: int, *, share_prefix: bool = True) -> None:
         self.spec, self.share_prefix = spec, share_prefix
-        self.patch, self.merge, self.temporal = vision_config.patch_size, vision_config.spatial_merge_size, vision_config.temporal_patch_size
+        self.patch, self.merge, self.temporal = (
+            vision_config.patch_size,
+            vision_config.spatial_merge_size,
+            vision_config.temporal_patch_size,
+        )
         self.tokenizer = RewardTokenizer(Path(model_dir), spec, rows)
 
     def check(self, count: int, prompts: Sequence[str], sources: Sequence | Any | None) -> None:

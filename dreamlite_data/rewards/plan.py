@@ -12,11 +12,10 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from dreamlite_data.images import FORMATS
 from dreamlite_data.rewards.four_bit import four_bit_bytes, is_four_bit_target
 from dreamlite_data.rewards.loader import network_key
 from dreamlite_data.rewards.packing import batches
-from dreamlite_data.rewards.preprocess import smart_resize
+from dreamlite_data.rewards.preprocess import FORMATS, smart_resize
 from dreamlite_data.rewards.rows import RewardInput
 from dreamlite_data.rewards.spec import RewardSpec
 from dreamlite_data.rewards.stored import StoredTensor

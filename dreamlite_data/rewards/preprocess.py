@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from dreamlite_data.images import FORMATS
+Image.init()  # registers every reader of this Pillow; which ones it was built with differs
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF") if name in Image.OPEN)
+"""Formats whose readers are pure parsers. Not imported from `images`, or a change of ingest would retrain what uses rewards."""
 
 HIGHEST_ASPECT = 200
 HIGHEST_VALUE = 1.5

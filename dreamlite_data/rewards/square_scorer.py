@@ -84,7 +84,12 @@ class SquarePacker:
             return empty.astype(np.int32), empty.astype(bool)
         # Special tokens in a prompt are letters: a spelt-out end token must not cut the text where its author likes.
         coded = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.text_tokens, split_special_tokens=True, return_tensors="np"
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_tokens,
+            split_special_tokens=True,
+            return_tensors="np",
         )
         return coded["input_ids"].astype(np.int32), coded["attention_mask"].astype(bool)
 
@@ -111,7 +116,9 @@ class SquareScorer(abc.ABC):
     def scorer_id(self) -> str:
         """Name of everything that can change a score: weights, configuration, tokenizer, preprocessing, dtype."""
         digest = hashlib.sha256(f"{self.kind} {PACKING_VERSION} {self.packer.square} {self.packer.text_tokens} {self.dtype}".encode())
-        for path in sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith(".") and path.suffix != ".md"):
+        for path in sorted(
+            path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith(".") and path.suffix != ".md"
+        ):
             with path.open("rb") as stream:
                 digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return f"{self.kind}-{digest.hexdigest()[:12]}"
@@ -138,9 +145,7 @@ class SquareScorer(abc.ABC):
         tokens[np.isnan(found)] = 0
         return RewardScores(found, without, np.stack([found, without], -1)[:, None], tuple(errors), tokens)
 
-    def differentiable(
-        self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None, chunk_size: int = 32
-    ) -> Tensor:
+    def differentiable(self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None, chunk_size: int = 32) -> Tensor:
         """mu [B] of float images [B, 3, H, W] in [0, 1], with gradient to `images01` only; `sources01` are not looked at.
         Raises TypeError or ValueError on 8-bit or out-of-range input."""
         if len(prompts) != images01.shape[0]:

@@ -25,7 +25,9 @@ def find_file(folder: Path, patterns: tuple[str, ...], what: str) -> Path:
     for pattern in patterns:
         found = sorted(Path(folder).glob(pattern))
         if len(found) > 1:
-            raise RewardCheckpointError(f"{folder} holds several files that could be {what}: {', '.join(path.name for path in found)}; leave one")
+            raise RewardCheckpointError(
+                f"{folder} holds several files that could be {what}: {', '.join(path.name for path in found)}; leave one"
+            )
         if found:
             return found[0]
     raise RewardCheckpointError(f"{folder} holds no {' and no '.join(patterns)}: put {what} there")
@@ -61,7 +63,9 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], where: Path, *, dtype:
     problems = [
         f"{len(keys)} {word}: {', '.join(keys)}"
         for word, keys in (
-            ("missing", sorted(expected.keys() - state.keys())), ("unexpected", sorted(state.keys() - expected.keys())), ("misshapen", misshapen),
+            ("missing", sorted(expected.keys() - state.keys())),
+            ("unexpected", sorted(state.keys() - expected.keys())),
+            ("misshapen", misshapen),
         )
         if keys
     ]  # fmt: skip

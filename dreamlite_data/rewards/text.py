@@ -79,7 +79,7 @@ class RewardTokenizer:
 def _read_tokenizer(model_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise RewardCheckpointError(
             f"{model_dir}: no tokenizer can be read ({str(error).splitlines()[0]}); copy tokenizer.json and tokenizer_config.json "
             "(or vocab.json and merges.txt) from the base model"

@@ -58,12 +58,20 @@ def load_clip_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
     """A two-tower model in transformers' layout, strictly: RewardCheckpointError lists what does not fit."""
     from transformers import AutoModel
 
-    network, found = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True)
-    problems = [f"{name.removesuffix('_keys')}: {', '.join(sorted(map(str, found[name])))}" for name in ("missing_keys", "unexpected_keys") if found[name]]
+    network, found = AutoModel.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
+    problems = [
+        f"{name.removesuffix('_keys')}: {', '.join(sorted(map(str, found[name])))}"
+        for name in ("missing_keys", "unexpected_keys")
+        if found[name]
+    ]
     if problems:
         raise RewardCheckpointError(f"{folder}: the weights do not fit config.json ({'; '.join(problems)})")
     if not hasattr(network, "get_image_features"):
-        raise RewardCheckpointError(f"{folder} is a {type(network).__name__}, which has no image tower to score with; give a CLIP or SigLIP model")
+        raise RewardCheckpointError(
+            f"{folder} is a {type(network).__name__}, which has no image tower to score with; give a CLIP or SigLIP model"
+        )
     return network.requires_grad_(False).eval()
 
 
@@ -90,17 +98,21 @@ def load_tokenizer(folder: Path):  # noqa: ANN201 - a transformers tokenizer, im
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RewardCheckpointError(f"{folder} has no tokenizer ({error}): copy the tokenizer files of the model that this scorer was trained from") from error
+        raise RewardCheckpointError(
+            f"{folder} has no tokenizer ({error}): copy the tokenizer files of the model that this scorer was trained from"
+        ) from error
 
 
 def _clip_config(folder: Path):  # noqa: ANN202
     from transformers import AutoConfig, CLIPConfig
 
     if not (Path(folder) / "config.json").exists():
-        raise RewardCheckpointError(f"{folder} has no config.json: copy it, with the tokenizer files, from the CLIP model that this scorer was trained from")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        raise RewardCheckpointError(
+            f"{folder} has no config.json: copy it, with the tokenizer files, from the CLIP model that this scorer was trained from"
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not isinstance(config, CLIPConfig):
         raise RewardCheckpointError(f"{folder}/config.json describes a {config.model_type!r}, not a CLIP model")
     return config

@@ -37,7 +37,11 @@ def table(task: str) -> pa.Table:
         buffer = io.BytesIO()
         Image.fromarray(scenes.render(scene)).save(buffer, "PNG")
         payloads.append(buffer.getvalue())
-    columns = {"subject_id": [f"{number:04}" for number in range(ROWS)], "text": [scenes.caption(scene) for scene in drawn], "image_bytes": payloads}
+    columns = {
+        "subject_id": [f"{number:04}" for number in range(ROWS)],
+        "text": [scenes.caption(scene) for scene in drawn],
+        "image_bytes": payloads,
+    }
     return pa.table(columns | ({"source_bytes": payloads[1:] + payloads[:1]} if task == "edit" else {}))
 
 
@@ -76,7 +80,8 @@ def test_operator_over_a_bare_forward_loop(bench, task):
         answer = operator(rows)  # warms both
         bare()
         np.testing.assert_array_equal(
-            np.concatenate([found[number].mean(1)[:, 0] for number in range(len(batches))]), answer["mu"].to_numpy()[np.concatenate(batches)]
+            np.concatenate([found[number].mean(1)[:, 0] for number in range(len(batches))]),
+            answer["mu"].to_numpy()[np.concatenate(batches)],
         )
         times = [(cpu_s(lambda: operator(rows)), cpu_s(bare)) for _ in range(TURNS)]
         bench(f"score_operator_to_forward_loop_{task}", min(whole for whole, _ in times) / min(loop for _, loop in times), 1.1)

@@ -97,8 +97,8 @@ class ReFLRecipe:
         """Both scorers on images of this model and of the start model, of the same prompts and noise."""
         drawn = []
         for unet in (self.unet, self.reference):
-            parts = map_threads(lambda part, unet=unet: self._estimate(unet, part, self.exits[-1])[-1], batch.split(self.settings.micro_batch))
-            drawn.append(torch.cat(list(parts)))
+            parts = batch.split(self.settings.micro_batch)
+            drawn.append(torch.cat(list(map_threads(lambda part, unet=unet: self._estimate(unet, part, self.exits[-1])[-1], parts))))
         reward_now, reward_start = (self._reward(task, batch, latents).mean().item() for latents in drawn)
         sources = decode01(self.vae, batch.condition) if task == "edit" else None
         now, start = (decode01(self.vae, latents) for latents in drawn)

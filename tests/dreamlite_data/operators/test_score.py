@@ -38,20 +38,37 @@ def settings_with(**changes: object) -> RefreshSettings:
 def measured_rows() -> dict[str, list[dict]]:
     """What a refresh has stored of rendered scenes before it scores them: one caption does not match its picture."""
     rng = np.random.default_rng(0)
-    tables: dict[str, list[dict]] = {name: [] for name in ("images", "captions", "edits", "op_ingest", "op_verify_caption", "op_verify_edit")}
+    tables: dict[str, list[dict]] = {
+        name: [] for name in ("images", "captions", "edits", "op_ingest", "op_verify_caption", "op_verify_edit")
+    }
     for number in range(CAPTIONS):
         scene, name = scenes.sample_scene(rng), f"{number:02}"
         tables["images"].append({"image_id": name, "bytes": png_of(scenes.render(scene)), "width": 64, "height": 64})
         tables["captions"].append({"caption_id": f"c{name}", "image_id": name, "text": scenes.caption(scene), "style": "provider"})
         tables["op_ingest"].append(
-            {"subject_id": f"r{name}", "op_version": "ingest", "source": "world", "task": "generate", "image_id": name, "caption_id": f"c{name}"}
+            {
+                "subject_id": f"r{name}",
+                "op_version": "ingest",
+                "source": "world",
+                "task": "generate",
+                "image_id": name,
+                "caption_id": f"c{name}",
+            }
         )
         matches = number != 0
-        tables["op_verify_caption"].append({"subject_id": f"c{name}", "op_version": "verify_caption", "in_language": True, "matches": matches})
+        tables["op_verify_caption"].append(
+            {"subject_id": f"c{name}", "op_version": "verify_caption", "in_language": True, "matches": matches}
+        )
     for number in range(EDITS):
         edit, name = f"e{number:02}", f"{number:02}"
         tables["edits"].append(
-            {"edit_id": edit, "source_image_id": name, "target_image_id": f"{number + 1:02}", "instruction": "make the circle red", "edit_type": "recolour"}
+            {
+                "edit_id": edit,
+                "source_image_id": name,
+                "target_image_id": f"{number + 1:02}",
+                "instruction": "make the circle red",
+                "edit_type": "recolour",
+            }
         )
         tables["op_ingest"].append({"subject_id": f"t{name}", "op_version": "ingest", "source": "world", "task": "edit", "edit_id": edit})
         tables["op_verify_edit"].append({"subject_id": edit, "op_version": "verify_edit", "in_language": True, "matches": True})
@@ -170,7 +187,9 @@ def test_batches_count_tokens_and_not_rows(monkeypatch):
         assert all(tokens <= budget or count == 1 for count, tokens in sizes) and sum(count for count, _ in sizes) == 18
         assert len({count for count, _ in sizes}) > 1  # short rows stand in larger batches
     np.testing.assert_allclose(found[250]["mu"].to_numpy(), found[500]["mu"].to_numpy(), rtol=0, atol=2e-5)
-    assert op_version(Score("generate", REWARDS["generate"], "w", ScoringSettings(batch_tokens=250))) == op_version(Score("generate", REWARDS["generate"], "w"))
+    assert op_version(Score("generate", REWARDS["generate"], "w", ScoringSettings(batch_tokens=250))) == op_version(
+        Score("generate", REWARDS["generate"], "w")
+    )
 
 
 # --- two stages ------------------------------------------------------------------------------------------------------
@@ -294,15 +313,23 @@ def test_further_scorers_fill_the_same_table_and_leave_the_reward_alone(unscored
         folder.mkdir()
         tiny_scorers.tiny_clip_model(folder)
     tiny_scorers.save_laion_head(folders["aesthetic"], tiny_scorers.laion_head(12))
-    further = [{"kind": "clip", "model": folders["clip"]}, {"kind": "aesthetic", "model": folders["aesthetic"], "tasks": ["generate", "edit"]}]
+    further = [
+        {"kind": "clip", "model": folders["clip"]},
+        {"kind": "aesthetic", "model": folders["aesthetic"], "tasks": ["generate", "edit"]},
+    ]
     lake = copy_of(unscored, tmp_path / "lake")
     refresh.score(lake, settings_with(), executors.local(), REWARDS)
-    rewards = {view: lake.query(f"SELECT row_id, reward FROM {view} ORDER BY row_id").to_pylist() for view in ("t2i_records", "edit_records")}
+    rewards = {
+        view: lake.query(f"SELECT row_id, reward FROM {view} ORDER BY row_id").to_pylist() for view in ("t2i_records", "edit_records")
+    }
     answer = refresh.score(lake, settings_with(scoring={"further": further}), executors.local(), REWARDS)
     assert answer["generate_rows"] == answer["edit_rows"] == 0
     counts = lake.query("SELECT task, count(*) AS n FROM current_scores GROUP BY task").to_pylist()
     counts = {row["task"]: row["n"] for row in counts}
-    assert answer["generate_clip_rows"] == answer["generate_aesthetic_rows"] == counts["generate"] and answer["edit_aesthetic_rows"] == counts["edit"]
+    assert (
+        answer["generate_clip_rows"] == answer["generate_aesthetic_rows"] == counts["generate"]
+        and answer["edit_aesthetic_rows"] == counts["edit"]
+    )
     for view, before in rewards.items():
         assert lake.query(f"SELECT row_id, reward FROM {view} ORDER BY row_id").to_pylist() == before
     found = lake.query("SELECT DISTINCT task, scorer FROM scorer_scores ORDER BY ALL").to_pylist()
@@ -331,10 +358,12 @@ def test_measure_pending_runs_a_staged_operator_in_stages(scored, monkeypatch):
 
     monkeypatch.setattr(executor, "map_stages", watched)
     make = functools.partial(Score, "generate", REWARDS["generate"], "other weights")
-    subjects = "SELECT DISTINCT caption_id AS subject_id, text, image_id FROM t2i_records WHERE caption_id IS NOT NULL AND matches ORDER BY 1 LIMIT 3"
+    subjects = "SELECT DISTINCT caption_id AS subject_id, text, image_id FROM t2i_records WHERE matches ORDER BY 1 LIMIT 3"
     before = scored.count("scores")
     counts = measure_pending(scored, Measurement(make, subjects, {"image_bytes": "image_id"}), executor, 2)
     assert counts == {"rows": 3, "failed": 0} and used == [("prepare_task", "infer_task")]
     scored.write(lambda connection: connection.execute("DELETE FROM scores WHERE op_version = $version", {"version": op_version(make())}))
-    scored.write(lambda connection: connection.execute("DELETE FROM operator_versions WHERE op_version = $version", {"version": op_version(make())}))
+    scored.write(
+        lambda connection: connection.execute("DELETE FROM operator_versions WHERE op_version = $version", {"version": op_version(make())})
+    )
     assert scored.count("scores") == before

@@ -28,35 +28,67 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Lake:
             name = f"{source}-{shape}-{place:02}"
             tables["images"].append({"image_id": name, "bytes": b"", "width": SIZES[shape][0], "height": SIZES[shape][1]})
             tables["captions"].append({"caption_id": f"c-{name}", "image_id": name, "text": "a circle", "style": "provider"})
-            tables["op_ingest"].append({"subject_id": f"r-{name}", "op_version": "i", "source": source, "task": "generate", "image_id": name, "caption_id": f"c-{name}"})
+            tables["op_ingest"].append(
+                {
+                    "subject_id": f"r-{name}",
+                    "op_version": "i",
+                    "source": source,
+                    "task": "generate",
+                    "image_id": name,
+                    "caption_id": f"c-{name}",
+                }
+            )
             tables["scores"].append({"subject_id": f"c-{name}", "op_version": "g", "task": "generate", "scorer_id": "hpsv3-x", "mu": mu})
             tables["scores"].append({"subject_id": f"c-{name}", "op_version": "p", "task": "generate", "scorer_id": "clip-x", "mu": -mu})
-            tables["dataset_rows"].append({"name": "t2i", "version": 1, "row_id": f"r-{name}", "task": "generate", "image_id": name, "split": "train"})
+            tables["dataset_rows"].append(
+                {"name": "t2i", "version": 1, "row_id": f"r-{name}", "task": "generate", "image_id": name, "split": "train"}
+            )
     for offset, (kind, count) in enumerate(EDITS.items()):
         for place, mu in enumerate(rng.permutation(count) - 50.0 * offset):
             name = f"{kind}-{place:02}"
-            tables["edits"].append({"edit_id": f"e-{name}", "source_image_id": "lake_a-wide-00", "target_image_id": "lake_a-wide-01", "instruction": kind, "edit_type": kind})
-            tables["op_ingest"].append({"subject_id": f"r-{name}", "op_version": "i", "source": "lake_a", "task": "edit", "edit_id": f"e-{name}"})
+            tables["edits"].append(
+                {
+                    "edit_id": f"e-{name}",
+                    "source_image_id": "lake_a-wide-00",
+                    "target_image_id": "lake_a-wide-01",
+                    "instruction": kind,
+                    "edit_type": kind,
+                }
+            )
+            tables["op_ingest"].append(
+                {"subject_id": f"r-{name}", "op_version": "i", "source": "lake_a", "task": "edit", "edit_id": f"e-{name}"}
+            )
             tables["scores"].append({"subject_id": f"e-{name}", "op_version": "e", "task": "edit", "scorer_id": "editreward-x", "mu": mu})
-            tables["dataset_rows"].append({"name": "edit", "version": 1, "row_id": f"r-{name}", "task": "edit", "image_id": "lake_a-wide-01", "split": "train"})
+            tables["dataset_rows"].append(
+                {"name": "edit", "version": 1, "row_id": f"r-{name}", "task": "edit", "image_id": "lake_a-wide-01", "split": "train"}
+            )
     failed = {"subject_id": "c-lake_b-square-00", "op_version": "g0", "task": "generate", "mu": 1e9}  # of a version that no longer holds
     tables["scores"].append(failed)
     lake = Lake(tmp_path_factory.mktemp("ranked"))
     versions = {"ingest": "i", "score_generate": "g", "score_generate_clip": "p", "score_edit": "e"}
-    lake.append({**tables, "operator_versions": [{"name": name, "op_version": version, "position": 0} for name, version in versions.items()]})
+    lake.append(
+        {**tables, "operator_versions": [{"name": name, "op_version": version, "position": 0} for name, version in versions.items()]}
+    )
     return lake
 
 
 def top(lake: Lake, share: float, scorer: str = "reward") -> dict[tuple[str, str], int]:
     rows = lake.query(
-        "SELECT source, bucket, count(*) AS n FROM score_ranks WHERE top_share <= $q AND scorer = $scorer GROUP BY ALL", {"q": share, "scorer": scorer}
+        "SELECT source, bucket, count(*) AS n FROM score_ranks WHERE top_share <= $q AND scorer = $scorer GROUP BY ALL",
+        {"q": share, "scorer": scorer},
     ).to_pylist()
     return {(row["source"], row["bucket"]): row["n"] for row in rows}
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.35, 0.5, 1.0])
 def test_the_top_share_of_every_bucket_has_floor_qn_rows(ranked: Lake, share: float) -> None:
-    sizes = {("lake_a", "16:9 512 px"): 20, ("lake_a", "1:1 512 px"): 7, ("lake_b", "1:1 512 px"): 10, ("lake_a", "add"): 10, ("lake_a", "remove"): 5}
+    sizes = {
+        ("lake_a", "16:9 512 px"): 20,
+        ("lake_a", "1:1 512 px"): 7,
+        ("lake_b", "1:1 512 px"): 10,
+        ("lake_a", "add"): 10,
+        ("lake_a", "remove"): 5,
+    }
     wanted = {bucket: int(share * count + 1e-9) for bucket, count in sizes.items()}
     assert top(ranked, share) == {bucket: count for bucket, count in wanted.items() if count}
 
@@ -68,7 +100,9 @@ def test_positions_follow_the_scores_of_their_scorer(ranked: Lake) -> None:
         groups.setdefault((row["task"], row["scorer"], row["source"], row["bucket"]), []).append(row)
     assert len(groups) == 3 + 3 + 2
     for group in groups.values():
-        assert [row["position"] for row in group] == list(range(1, len(group) + 1)) and {row["bucket_rows"] for row in group} == {len(group)}
+        assert [row["position"] for row in group] == list(range(1, len(group) + 1)) and {row["bucket_rows"] for row in group} == {
+            len(group)
+        }
         assert [row["mu"] for row in group] == sorted((row["mu"] for row in group), reverse=True)
         z = np.array([row["z"] for row in group])
         assert z.mean() == pytest.approx(0, abs=1e-9) and z.std(ddof=1) == pytest.approx(1)
@@ -80,7 +114,12 @@ def test_positions_follow_the_scores_of_their_scorer(ranked: Lake) -> None:
 def test_quantiles_are_those_of_the_bucket(ranked: Lake) -> None:
     row = ranked.query("SELECT * FROM score_quantiles WHERE source = 'lake_b' AND scorer = 'reward'").to_pylist()[0]
     values = np.arange(10) + 200.0
-    assert (row["bucket"], row["n"], row["mean"], row["p50"]) == ("1:1 512 px", 10, pytest.approx(values.mean()), pytest.approx(np.median(values)))
+    assert (row["bucket"], row["n"], row["mean"], row["p50"]) == (
+        "1:1 512 px",
+        10,
+        pytest.approx(values.mean()),
+        pytest.approx(np.median(values)),
+    )
     assert row["p05"] == pytest.approx(np.quantile(values, 0.05)) and row["p90"] == pytest.approx(np.quantile(values, 0.9))
 
 

@@ -134,7 +134,10 @@ def test_squares_are_the_library_s(size):
 
 def test_a_square_that_no_scorer_makes_is_refused(folders, tmp_path):
     config = (folders["clip"] / "preprocessor_config.json").read_text()
-    for changed, words in ((config.replace('"resample": 3', '"resample": 2'), "resample is 2"), (config.replace('"shortest_edge": 28', '"shortest_edge": 32'), "no square")):
+    for changed, words in (
+        (config.replace('"resample": 3', '"resample": 2'), "resample is 2"),
+        (config.replace('"shortest_edge": 28', '"shortest_edge": 32'), "no square"),
+    ):
         (tmp_path / "preprocessor_config.json").write_text(changed)
         with pytest.raises(RewardCheckpointError, match=words):
             read_square(tmp_path)
@@ -146,11 +149,15 @@ def test_a_square_that_no_scorer_makes_is_refused(folders, tmp_path):
 @pytest.mark.parametrize("kind", FURTHER)
 def test_gradients_reach_every_image_and_no_other(scorers, kind):
     scorer = scorers[kind]
-    images = torch.stack([torch.from_numpy(np.asarray(picture(SIDE_PX, SIDE_PX, seed)).copy()) for seed in range(3)]).permute(0, 3, 1, 2) / 255
+    images = (
+        torch.stack([torch.from_numpy(np.asarray(picture(SIDE_PX, SIDE_PX, seed)).copy()) for seed in range(3)]).permute(0, 3, 1, 2) / 255
+    )
     exact = scorer.score([Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images], PROMPTS).mu
     images.requires_grad_(True)
     mu = scorer.differentiable(images, PROMPTS, chunk_size=2)
-    np.testing.assert_allclose(mu.detach(), exact, rtol=0, atol=100 * TOLERANCE if kind == "clip" else TOLERANCE)  # no resize: the same pixels
+    np.testing.assert_allclose(
+        mu.detach(), exact, rtol=0, atol=100 * TOLERANCE if kind == "clip" else TOLERANCE
+    )  # no resize: the same pixels
     (gradient,) = torch.autograd.grad(mu.sum(), images, retain_graph=True)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
     (own,) = torch.autograd.grad(mu[1], images)
@@ -214,8 +221,18 @@ def changed_state(folder: Path, name: str, change) -> None:
 @pytest.mark.parametrize(
     ("kind", "file", "key", "words"),
     [
-        ("hpsv2", "HPS_v2.1_compressed.pt", "visual.transformer.resblocks.0.attn.in_proj_weight", "3 missing: vision_model.encoder.layers.0.self_attn"),
-        ("imagereward", "ImageReward.pt", "blip.visual_encoder.blocks.1.attn.qkv.weight", "1 missing: vision.encoder.layers.1.self_attn.qkv.weight"),
+        (
+            "hpsv2",
+            "HPS_v2.1_compressed.pt",
+            "visual.transformer.resblocks.0.attn.in_proj_weight",
+            "3 missing: vision_model.encoder.layers.0.self_attn",
+        ),
+        (
+            "imagereward",
+            "ImageReward.pt",
+            "blip.visual_encoder.blocks.1.attn.qkv.weight",
+            "1 missing: vision.encoder.layers.1.self_attn.qkv.weight",
+        ),
     ],
 )
 def test_weights_must_fit_key_by_key(folders, tmp_path, kind, file, key, words):

@@ -16,7 +16,12 @@ SIDE_PX, PATCH_PX, TEXT_TOKENS = 28, 7, 16
 
 def clip_tokenizer(folder: Path):
     """Word-level, with CLIP's order of ids: the end token is the highest and pads too."""
-    return _tokenizer(folder, [*WORDS, "<unk>", "<s>", "</s>"], "<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"})
+    return _tokenizer(
+        folder,
+        [*WORDS, "<unk>", "<s>", "</s>"],
+        "<s> $A </s>",
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"},
+    )
 
 
 def bert_tokenizer(folder: Path):
@@ -165,7 +170,8 @@ def tiny_siglip_model(folder: Path):
 def laion_head(width: int) -> nn.Sequential:
     """Numbers 0, 2, 4, 6, 7: dropout stands between, as in LAION's predictor."""
     head = nn.Sequential(
-        nn.Linear(width, 10), nn.Dropout(0.2), nn.Linear(10, 6), nn.Dropout(0.2), nn.Linear(6, 5), nn.Dropout(0.1), nn.Linear(5, 4), nn.Linear(4, 1)
+        nn.Linear(width, 10), nn.Dropout(0.2), nn.Linear(10, 6), nn.Dropout(0.2), nn.Linear(6, 5), nn.Dropout(0.1),
+        nn.Linear(5, 4), nn.Linear(4, 1),
     )  # fmt: skip
     return randomise(head, 5)
 
@@ -192,11 +198,20 @@ class PlainBlip:
         linears = {"vision_proj": (8, v), "text_proj": (8, t)}
         norms = {"visual_encoder.norm": v, "text_encoder.embeddings.LayerNorm": t}
         for block in (f"visual_encoder.blocks.{n}" for n in range(2)):
-            linears |= {f"{block}.attn.qkv": (3 * v, v), f"{block}.attn.proj": (v, v), f"{block}.mlp.fc1": (2 * v, v), f"{block}.mlp.fc2": (v, 2 * v)}
+            linears |= {
+                f"{block}.attn.qkv": (3 * v, v),
+                f"{block}.attn.proj": (v, v),
+                f"{block}.mlp.fc1": (2 * v, v),
+                f"{block}.mlp.fc2": (v, 2 * v),
+            }
             norms |= {f"{block}.norm1": v, f"{block}.norm2": v}
         for layer in (f"text_encoder.encoder.layer.{n}" for n in range(2)):
             for part, seen in (("attention", t), ("crossattention", v)):
-                linears |= {f"{layer}.{part}.self.query": (t, t), f"{layer}.{part}.self.key": (t, seen), f"{layer}.{part}.self.value": (t, seen)}
+                linears |= {
+                    f"{layer}.{part}.self.query": (t, t),
+                    f"{layer}.{part}.self.key": (t, seen),
+                    f"{layer}.{part}.self.value": (t, seen),
+                }
                 linears |= {f"{layer}.{part}.output.dense": (t, t)}
                 norms |= {f"{layer}.{part}.output.LayerNorm": t}
             linears |= {f"{layer}.intermediate.dense": (inner, t), f"{layer}.output.dense": (t, inner)}
@@ -206,9 +221,15 @@ class PlainBlip:
         generator = torch.Generator().manual_seed(3)
         state = {f"blip.{name}": torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
         for name, width in norms.items():
-            state |= {f"blip.{name}.weight": 1 + torch.randn(width, generator=generator) * 0.1, f"blip.{name}.bias": torch.randn(width, generator=generator) * 0.1}
+            state |= {
+                f"blip.{name}.weight": 1 + torch.randn(width, generator=generator) * 0.1,
+                f"blip.{name}.bias": torch.randn(width, generator=generator) * 0.1,
+            }
         for place, (before, after) in zip((0, 2, 4, 6, 7), ((t, 12), (12, 8), (8, 6), (6, 4), (4, 1)), strict=True):
-            state |= {f"mlp.layers.{place}.weight": torch.randn((after, before), generator=generator) * 0.4, f"mlp.layers.{place}.bias": torch.randn(after, generator=generator)}
+            state |= {
+                f"mlp.layers.{place}.weight": torch.randn((after, before), generator=generator) * 0.4,
+                f"mlp.layers.{place}.bias": torch.randn(after, generator=generator),
+            }
         state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
         return state
 
@@ -234,7 +255,10 @@ class PlainBlip:
         """Raw reward [B] of normalised images and unpadded ids."""
         see = "blip.visual_encoder"
         x = nn.functional.conv2d(image, self.state[f"{see}.patch_embed.proj.weight"], self.state[f"{see}.patch_embed.proj.bias"], PATCH_PX)
-        x = torch.cat([self.state[f"{see}.cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.state[f"{see}.pos_embed"]
+        x = (
+            torch.cat([self.state[f"{see}.cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+            + self.state[f"{see}.pos_embed"]
+        )
         for block in (f"{see}.blocks.{n}" for n in range(2)):
             q, k, v = self._linear(f"{block}.attn.qkv", self._norm(f"{block}.norm1", x, 1e-6)).chunk(3, -1)
             x = x + self._linear(f"{block}.attn.proj", self._attend(q, k, v, self.VISION // 64))
@@ -242,12 +266,18 @@ class PlainBlip:
             x = x + self._linear(f"{block}.mlp.fc2", y)
         seen = self._norm(f"{see}.norm", x, 1e-6)
         read = "blip.text_encoder"
-        y = self.state[f"{read}.embeddings.word_embeddings.weight"][ids] + self.state[f"{read}.embeddings.position_embeddings.weight"][: ids.shape[1]]
+        y = (
+            self.state[f"{read}.embeddings.word_embeddings.weight"][ids]
+            + self.state[f"{read}.embeddings.position_embeddings.weight"][: ids.shape[1]]
+        )
         y = self._norm(f"{read}.embeddings.LayerNorm", y, 1e-12)
         for layer in (f"{read}.encoder.layer.{n}" for n in range(2)):
             for part, other in (("attention", None), ("crossattention", seen)):
                 name, context = f"{layer}.{part}", y if other is None else other
-                z = self._attend(*(self._linear(f"{name}.self.{each}", y if each == "query" else context) for each in ("query", "key", "value")), self.TEXT_HEADS)
+                z = self._attend(
+                    *(self._linear(f"{name}.self.{each}", y if each == "query" else context) for each in ("query", "key", "value")),
+                    self.TEXT_HEADS,
+                )
                 y = self._norm(f"{name}.output.LayerNorm", self._linear(f"{name}.output.dense", z) + y, 1e-12)
             z = self._linear(f"{layer}.output.dense", nn.functional.gelu(self._linear(f"{layer}.intermediate.dense", y)))
             y = self._norm(f"{layer}.output.LayerNorm", z + y, 1e-12)
