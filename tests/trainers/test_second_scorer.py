@@ -40,8 +40,8 @@ def rows(components):
 
 
 SETTINGS = ReFLSettings(
-    steps=24, batch=2, rollout_steps=2, hinge="none", reward_weight=1.0, velocity_weight=0.0, learning_rate=1e-3, sigma_high=1.0,
-    second_every=2, second_window=2,
+    steps=24, batch=2, rollout_steps=2, hinge="none", reward_weight=1.0, velocity_weight=0.0, learning_rate=2e-3, sigma_high=1.0,
+    second_every=2, second_window=2, second_drop=0.2,
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_a_second_scorer_that_rises_too_changes_nothing(rows, components, tmp_pa
      ([(1.0, -2.0), (1.0, 0.5), (1.0, 0.5)], False), ([(1.0, 1.0), (0.5, -0.9), (0.5, -0.9)], True)],
 )  # fmt: skip
 def test_the_rule_needs_a_full_window_a_rise_and_a_fall(gains, stops):
-    watch = HackingWatch({"generate": Brightness()}, SETTINGS)
+    watch = HackingWatch({"generate": Brightness()}, SETTINGS.model_copy(update={"second_drop": 0.5}))
     for reward, second in gains:
         watch.record("generate", reward, second)
     assert (watch.stop_reason() is not None) == stops

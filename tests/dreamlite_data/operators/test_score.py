@@ -223,10 +223,11 @@ def test_two_processes_give_the_bytes_of_one(scored, unscored, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_actor_on_a_gpu_gives_the_bytes_of_one_process(scored, unscored, tmp_path):
+def test_an_actor_on_a_gpu_gives_the_bytes_of_one_process(scored, unscored, tmp_path, monkeypatch):
     import ray
 
     ray.shutdown()
+    monkeypatch.setenv("PYTHONPATH", str(Path(trainers.__file__).parents[1]))  # where the workers find the package
     # A GPU in Ray's books only: the actor is placed by it and computes on the CPU.
     ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     try:
