@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 Image.init()  # registers every reader of this Pillow; which ones it was built with differs
@@ -62,7 +62,13 @@ def opened_image(picture: Image.Image | Path | bytes) -> Iterator[Image.Image]:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages switch this on for the whole process when imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns below the size that it refuses
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
+        try:
+            image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
+        except UnidentifiedImageError:
+            if isinstance(picture, bytes):  # Pillow would name the buffer's address, which is another in every process
+                raise UnidentifiedImageError("the bytes are no image of a known format") from None
+            raise
+        with image:
             yield image
 
 
