@@ -4,6 +4,7 @@ A task is a whole shard of work and names everything it needs, so both executors
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import itertools
 import multiprocessing
@@ -21,6 +22,7 @@ from dreamlite_data.settings import RefreshSettings
 RAY_STARTS = 3
 RAY_OBJECT_STORE_MB = 200
 CONNECT_TIMEOUT_S = 10.0
+IN_FLIGHT_PER_ACTOR = 3
 
 
 class ExecutorError(RuntimeError):
@@ -37,6 +39,12 @@ class Executor(Protocol):
     """How often workers were started: stays 0 while there is nothing to do."""
 
     def map(self, function: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None) -> Iterator[Any]: ...
+
+    def map_stages(
+        self, first: Callable[[Any], Any], second: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None
+    ) -> Iterator[Any]:
+        """Yield `second(first(task))` for each task in task order; `resources` are those of the second stage."""
+        ...
 
     def close(self) -> None: ...
 
@@ -84,6 +92,11 @@ class LocalExecutor:
             for future in running:
                 future.cancel()
 
+    def map_stages(
+        self, first: Callable[[Any], Any], second: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None
+    ) -> Iterator[Any]:
+        return self.map(functools.partial(_chained, first, second), tasks, resources)
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -120,10 +133,45 @@ class RayExecutor:
         wanted = {"num_cpus": 1.0, **(resources or {})}
         self._refuse_unfit(ray, wanted)
         remote = ray.remote(max_retries=3, **wanted)(_call)
-        waiting = itertools.chain(first, waiting)
-        name = (function.__module__, function.__qualname__)
         in_flight = 2 * max(self.num_workers, int(ray.cluster_resources().get("CPU", 1)))
-        running = collections.deque(remote.remote(name, task) for task in itertools.islice(waiting, in_flight))
+        yield from self._in_order(ray, functools.partial(remote.remote, _name(function)), itertools.chain(first, waiting), in_flight)
+
+    def map_stages(
+        self, first: Callable[[Any], Any], second: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None
+    ) -> Iterator[Any]:
+        """With `num_gpus` in `resources`: `first` in tasks on CPUs, `second` in one actor per such share of the cluster's GPUs, and
+        what the first gives goes from node to node, never through the driver. Without, both run as one task: a second process
+        with the same libraries would cost memory and copies, and no device would wait less."""
+        if not (resources or {}).get("num_gpus"):
+            yield from self.map(functools.partial(_chained, first, second), tasks, resources)
+            return
+        waiting = iter(tasks)
+        head = list(itertools.islice(waiting, 1))
+        if not head:
+            return
+        ray = self._start()
+        wanted = {**resources, "num_cpus": 0.0}  # its CPU work is to feed the GPU: the CPUs are the first stage's
+        self._refuse_unfit(ray, {**wanted, "num_cpus": 1.0})
+        count = max(1, int(ray.cluster_resources().get("GPU", 0) // wanted["num_gpus"]))
+        actor = ray.remote(max_restarts=3, max_task_retries=3, **wanted)(_Stage)
+        actors = [actor.remote() for _ in range(count)]
+        prepare = ray.remote(max_retries=3, num_cpus=1.0)(_call)
+        turns = itertools.cycle(actors)
+
+        def submit(task: Any) -> Any:
+            return next(turns).run.remote(_name(second), prepare.remote(_name(first), task))
+
+        try:
+            # Packed images are large: one task of an actor is at work, one lies ready, one is being packed.
+            yield from self._in_order(ray, submit, itertools.chain(head, waiting), IN_FLIGHT_PER_ACTOR * count)
+        finally:
+            for each in actors:
+                ray.kill(each)  # gives the GPU to the next operator
+
+    @staticmethod
+    def _in_order(ray: Any, submit: Callable[[Any], Any], tasks: Iterator[Any], in_flight: int) -> Iterator[Any]:
+        """Results of `submit(task)` in the order of the tasks, `in_flight` of them under way."""
+        running = collections.deque(submit(task) for task in itertools.islice(tasks, in_flight))
         try:
             while running:
                 try:
@@ -132,11 +180,12 @@ class RayExecutor:
                     raise error.as_instanceof_cause() from None
                 except ray.exceptions.RayError as error:
                     raise ExecutorError(
-                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is safe; run again"
+                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is "
+                        "safe; run again"
                     ) from error
                 running.popleft()
-                for task in itertools.islice(waiting, 1):
-                    running.append(remote.remote(name, task))
+                for task in itertools.islice(tasks, 1):
+                    running.append(submit(task))
                 yield result
         finally:
             for reference in running:
@@ -224,13 +273,31 @@ def _refuse_silent_cluster(address: str) -> None:
         ) from None
 
 
-def _call(name: tuple[str, str], task: Any) -> Any:
-    """Runs on a Ray worker. The function goes by name, so its module (and models cached in it) is imported once per worker."""
-    module, qualified_name = name
-    target: Any = importlib.import_module(module)
-    for part in qualified_name.split("."):
-        target = getattr(target, part)
-    return target(task)
+def _name(function: Callable[[Any], Any]) -> tuple[tuple[str, str], ...]:
+    """Where workers find a function, or the functions that are chained to one."""
+    parts = function.args if isinstance(function, functools.partial) else (function,)
+    return tuple((part.__module__, part.__qualname__) for part in parts)
+
+
+def _call(names: tuple[tuple[str, str], ...], task: Any) -> Any:
+    """Runs on a Ray worker. Functions go by name, so their modules (and models cached in them) are imported once per worker."""
+    for module, qualified_name in names:
+        target: Any = importlib.import_module(module)
+        for part in qualified_name.split("."):
+            target = getattr(target, part)
+        task = target(task)
+    return task
+
+
+def _chained(first: Callable[[Any], Any], second: Callable[[Any], Any], task: Any) -> Any:
+    return second(first(task))
+
+
+class _Stage:
+    """The second stage on Ray: one process that keeps its model."""
+
+    def run(self, names: tuple[tuple[str, str], ...], task: Any) -> Any:
+        return _call(names, task)
 
 
 def local(workers: int = 1) -> LocalExecutor:

@@ -27,7 +27,7 @@ from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, r
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
 from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending
-from dreamlite_data.operators.score import TASKS, Score, weights_digest
+from dreamlite_data.operators.score import REWARD, TASKS, Score, weights_digest
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
 from dreamlite_data.operators.verify_triplet import VerifyTriplet, triplet_subjects
 from dreamlite_data.policies.curate import curate as run_policies
@@ -260,8 +260,9 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
 
 
 def score(lake: Lake, settings: RefreshSettings, executor: Executor, reward_dirs: dict[str, Path]) -> dict[str, Any]:
-    """Score verified captions with reward_dirs['generate'] and verified triplets with reward_dirs['edit']. Verification comes
-    first because it is cheap and a reward is not. A model is loaded only where rows are pending."""
+    """Score verified captions with reward_dirs['generate'], verified triplets with reward_dirs['edit'], and both with the further
+    scorers of the settings. Verification comes first because it is cheap and a reward is not. A model is loaded only where rows
+    are pending."""
     answer: dict[str, Any] = {}
     fits = "matches" if settings.policy.require_scene_language else "(matches OR NOT coalesce(in_language, false))"
     subjects = {
@@ -275,12 +276,13 @@ def score(lake: Lake, settings: RefreshSettings, executor: Executor, reward_dirs
         raise ValueError(f"there is no scoring task {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
     with lake.exclusive("refresh"):
         digests = DigestCache(_folder(lake) / "digests.sqlite")
-        for task, directory in sorted(reward_dirs.items()):
+        further = [(task, each.model, each.kind) for each in settings.scoring.further for task in each.tasks]
+        for task, directory, kind in [*((task, directory, REWARD) for task, directory in sorted(reward_dirs.items())), *further]:
             weights = weights_digest(Path(directory), digests)
-            images = {"image_bytes": "image_id"} | ({"source_bytes": "source_image_id"} if task == "edit" else {})
-            measurement = Measurement(functools.partial(Score, task, Path(directory), weights), subjects[task], images)
-            counts = measure_pending(lake, measurement, executor, settings.ingest.rows_per_task)
-            answer |= {f"{task}_{key}": value for key, value in counts.items()}
+            make = functools.partial(Score, task, Path(directory), weights, settings.scoring, kind)
+            images = {"image_bytes": "image_id"} | ({"source_bytes": "source_image_id"} if make().with_sources else {})
+            counts = measure_pending(lake, Measurement(make, subjects[task], images), executor, settings.ingest.rows_per_task)
+            answer |= {f"{task if kind == REWARD else f'{task}_{kind}'}_{key}": value for key, value in counts.items()}
         digests.save()
     return answer
 

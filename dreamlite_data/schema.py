@@ -41,8 +41,10 @@ CONTENT: dict[str, pa.Schema] = {
     ),
     # Numbers that came with a record: similarities, judges' scores. subject_id is the edit, preference or image they are about.
     "provider_scores": _schema(subject_id=ID, record_id=ID, name=ID, value=pa.float64(), op_version=ID),
+    # mu and log_sigma are means over heads; the heads of an EditReward stand beside them, null for other scorers and in older rows.
     "scores": _schema(
-        subject_id=ID, op_version=ID, task=ID, scorer_id=ID, mu=pa.float32(), log_sigma=pa.float32(), error=pa.string()
+        subject_id=ID, op_version=ID, task=ID, scorer_id=ID, mu=pa.float32(), log_sigma=pa.float32(), error=pa.string(),
+        follow_mu=pa.float32(), follow_log_sigma=pa.float32(), quality_mu=pa.float32(), quality_log_sigma=pa.float32(), n_tokens=pa.int32(),
     ),
 }  # fmt: skip
 

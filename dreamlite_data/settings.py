@@ -289,6 +289,46 @@ class TextSettings(StrictSettings):
     ocr: bool = False
 
 
+FurtherKind = Literal["clip", "pickscore", "hpsv2", "imagereward", "aesthetic"]
+
+
+class FurtherScorer(StrictSettings):
+    """A scorer beside the reward of a task, from a local folder `model`: 'clip' (CLIP score), 'pickscore' and 'hpsv2' (CLIP
+    ViT-H class), 'imagereward' (BLIP class), 'aesthetic' (an image tower and a small head, which reads no text)."""
+
+    kind: FurtherKind
+    model: Path
+    tasks: tuple[Literal["generate", "edit"], ...] = Field(("generate",), min_length=1)
+
+    @model_validator(mode="after")
+    def _reads_what_is_there(self) -> FurtherScorer:
+        if "edit" in self.tasks and self.kind != "aesthetic":
+            raise ValueError(
+                f"the scorer {self.kind!r} compares an image with its caption, which an edit has not: for tasks with 'edit' take 'aesthetic'"
+            )
+        return self
+
+
+class ScoringSettings(StrictSettings):
+    """How rows are scored, and by which further scorers. `num_gpus` above 0 makes one actor per such share of the cluster's GPUs
+    (executor ray), fed by CPU workers. `batch_tokens` bounds a batch with its padding. `dtype` is the backbone's; heads stay float32."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset({"num_gpus", "batch_tokens"})
+
+    num_gpus: float = Field(0.0, ge=0)
+    batch_tokens: int = Field(8_192, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    further: tuple[FurtherScorer, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_of_each_kind(self) -> ScoringSettings:
+        named = [(scorer.kind, task) for scorer in self.further for task in scorer.tasks]
+        twice = sorted({f"{kind} ({task})" for kind, task in named if named.count((kind, task)) > 1})
+        if twice:
+            raise ValueError(f"refresh.scoring.further asks twice for {', '.join(twice)}: name each kind once for a task")
+        return self
+
+
 class RefreshSettings(StrictSettings):
     """Everything the refresh needs. `executor` and `workers` say where it runs and never change a byte of the result."""
 
@@ -309,6 +349,7 @@ class RefreshSettings(StrictSettings):
     embed: EmbedSettings = EmbedSettings()
     safety: SafetySettings = SafetySettings()
     text: TextSettings = TextSettings()
+    scoring: ScoringSettings = ScoringSettings()
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=1)
 

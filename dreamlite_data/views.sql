@@ -47,6 +47,11 @@ GROUP BY edit_id;
 CREATE OR REPLACE VIEW current_scores AS
 SELECT s.* FROM scores s JOIN current_versions v ON v.op_version = s.op_version AND v.name = 'score_' || s.task;
 
+-- Every current score, by the task's reward (scorer 'reward') and by further scorers (by their kind).
+CREATE OR REPLACE VIEW scorer_scores AS
+SELECT s.*, CASE WHEN v.name = 'score_' || s.task THEN 'reward' ELSE substr(v.name, length('score_' || s.task) + 2) END AS scorer
+FROM scores s JOIN current_versions v ON v.op_version = s.op_version AND starts_with(v.name, 'score_' || s.task);
+
 CREATE OR REPLACE VIEW current_safety AS
 SELECT * FROM op_safety WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'safety');
 
@@ -211,6 +216,62 @@ LEFT JOIN current_safety g ON g.subject_id = e.target_image_id
 LEFT JOIN contamination x ON x.subject_id = e.target_image_id
 LEFT JOIN contamination y ON y.subject_id = e.source_image_id
 LEFT JOIN contamination z ON z.subject_id = o.edit_id;
+
+-- An image's place among aspects (width to height, the nearest of nine by ratio) and sizes (the power of two under the root of its area).
+CREATE OR REPLACE MACRO aspect_bucket(width, height) AS list_extract(
+    ['1:2', '9:16', '2:3', '3:4', '1:1', '4:3', '3:2', '16:9', '2:1'],
+    1 + len(list_filter(
+        -- Between two neighbours stands the root of their product: there both are as far away.
+        [sqrt(9.0 / 32), sqrt(3.0 / 8), sqrt(1.0 / 2), sqrt(3.0 / 4), sqrt(4.0 / 3), sqrt(2.0), sqrt(8.0 / 3), sqrt(32.0 / 9)],
+        lambda border: CAST(width AS DOUBLE) / height >= border
+    ))
+);
+
+CREATE OR REPLACE MACRO size_bucket(width, height) AS CAST(pow(2, floor(log2(sqrt(CAST(width AS DOUBLE) * height)))) AS INTEGER) || ' px';
+
+-- Where each score stands among those of its scorer, source and bucket: captions by aspect and size of their image, triplets by edit
+-- type. position 1 is the best; top_share is position / bucket_rows, so that `top_share <= q` holds for the floor(q n) best; z is in
+-- standard deviations of the bucket (null where there is none). Scores compare within one scorer only. Equal scores go by subject_id.
+CREATE OR REPLACE VIEW score_ranks AS
+WITH sources AS (
+    SELECT image_id, min(source) AS source FROM current_ingest WHERE task = 'generate' AND error IS NULL GROUP BY image_id
+),
+edit_sources AS (
+    SELECT edit_id, min(source) AS source FROM current_ingest WHERE task = 'edit' AND error IS NULL GROUP BY edit_id
+),
+placed AS (
+    SELECT s.subject_id, s.task, s.scorer, s.scorer_id, s.mu, s.log_sigma, s.follow_mu, s.quality_mu,
+           r.source, aspect_bucket(i.width, i.height) || ' ' || size_bucket(i.width, i.height) AS bucket
+    FROM scorer_scores s
+    JOIN captions c ON c.caption_id = s.subject_id
+    JOIN images i ON i.image_id = c.image_id
+    LEFT JOIN sources r ON r.image_id = c.image_id
+    WHERE s.task = 'generate' AND s.mu IS NOT NULL
+    UNION ALL
+    SELECT s.subject_id, s.task, s.scorer, s.scorer_id, s.mu, s.log_sigma, s.follow_mu, s.quality_mu,
+           coalesce(r.source, p.source, e.route), coalesce(e.edit_type, 'unlabelled')
+    FROM scorer_scores s
+    JOIN edits e ON e.edit_id = s.subject_id
+    LEFT JOIN edit_sources r ON r.edit_id = s.subject_id
+    LEFT JOIN edit_sources p ON p.edit_id = e.parent_edit_id
+    WHERE s.task = 'edit' AND s.mu IS NOT NULL
+)
+SELECT subject_id, task, scorer, scorer_id, source, bucket, mu, log_sigma, follow_mu, quality_mu,
+       row_number() OVER ranked AS position, count(*) OVER whole AS bucket_rows,
+       row_number() OVER ranked / count(*) OVER whole AS top_share,
+       (mu - avg(mu) OVER whole) / nullif(stddev_samp(mu) OVER whole, 0) AS z
+FROM placed
+WINDOW whole AS (PARTITION BY task, scorer, source, bucket),
+       ranked AS (PARTITION BY task, scorer, source, bucket ORDER BY mu DESC, subject_id);
+
+-- The distribution of each scorer's scores per source and bucket.
+CREATE OR REPLACE VIEW score_quantiles AS
+SELECT task, scorer, source, bucket, count(*) AS n, avg(mu) AS mean, stddev_samp(mu) AS deviation,
+       quantile_cont(mu, 0.05) AS p05, quantile_cont(mu, 0.10) AS p10, quantile_cont(mu, 0.25) AS p25, quantile_cont(mu, 0.50) AS p50,
+       quantile_cont(mu, 0.75) AS p75, quantile_cont(mu, 0.90) AS p90, quantile_cont(mu, 0.95) AS p95
+FROM score_ranks
+GROUP BY task, scorer, source, bucket
+ORDER BY task, scorer, source, bucket;
 
 -- For people: what the lake holds, without the rows that never became an image.
 CREATE OR REPLACE VIEW samples AS SELECT * FROM t2i_records WHERE error IS NULL;

@@ -89,8 +89,9 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
                 lambda ctx: _with_executor(settings, lambda executor: _data().score(ctx.lake, settings, executor, reward_folders(ctx)))
             ),
             (*code, "dreamlite_data.rewards"),
-            spec={"require_scene_language": policy.require_scene_language},
+            spec={"require_scene_language": policy.require_scene_language, **_scoring_spec(settings)},
             inputs=("verify", "components:rewards"),
+            external=lambda: {f"{scorer.kind} {' '.join(scorer.tasks)}": folder_digest(scorer.model) for scorer in settings.scoring.further},
             alone=VIEWS,
             about="Score every caption and edit that passed with the reward models.",
         ),
@@ -122,6 +123,13 @@ def _model_specs(settings: RefreshSettings) -> dict[str, Any]:
         "safety": spec_of(settings.safety),
         "text": spec_of(settings.text),
     }
+
+
+def _scoring_spec(settings: RefreshSettings) -> dict[str, Any]:
+    """What decides which scores are made, for a key; nothing while it is as it always was. Folders count by content (`external`)."""
+    scoring = settings.scoring
+    further = {"further": [spec_of(scorer, ("model",)) for scorer in scoring.further]} if scoring.further else {}
+    return further | ({"dtype": scoring.dtype} if scoring.dtype != "float32" else {})
 
 
 def _model_folders(settings: RefreshSettings) -> list[str]:

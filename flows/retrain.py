@@ -70,7 +70,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
                         "checkpoint_id": own_id,
                         "stage": stage,
                         "path": str(checkpoint),
-                        "step": settings.steps,
+                        "step": int((metrics or {}).get("stopped_at_step", settings.steps)),
                         "parent_id": parent_id,
                         "dataset": ",".join(versions),  # one row a checkpoint; the lineage has an edge to each dataset
                         "dataset_version": ",".join(str(version) for version in versions.values()),
@@ -84,6 +84,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
     return Step(
         stage, run, (f"trainers.recipes.{RECIPES[stage]}", *LOOP, *(["dreamlite_data.rewards"] if rewarded else [])), alone=DISPATCH,
         spec={"recipe": spec_of(settings), "model": spec_of(config.model)}, seed=config.seed,
+        external=(lambda: {task: folder_digest(scorer.model) for task, scorer in settings.second_scorers.items()}) if rewarded else None,
         inputs=("components:model", *(["components:rewards"] if rewarded else []), *([f"{parent}:checkpoint"] if parent else []),
                 *(f"curate:{name}" for name in settings.datasets)),
         about=f"Train stage '{stage}'" + (f" from the checkpoint of '{parent}'." if parent else " from scratch."),

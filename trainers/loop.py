@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ class Ema:
 def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_every_s: float = 30.0) -> dict[str, float]:
     """Train to `steps`, resuming from `output`; returns the mean of each metric over the last tenth of the run.
 
+    A recipe with a `stop_reason()` ends the run early where that gives one: then `stopped_at_step` is among the metrics.
+
     Writes output/metrics.jsonl (one line a logged value) and output/state.pt (weights, optimizers, average, position),
     the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
     Raises FloatingPointError with the step's number where a metric is not finite.
@@ -66,7 +69,11 @@ def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_ever
     saved_at = time.monotonic()
     window: dict[str, list[float]] = {}
     with log_path.open("a") as log, Progress(label, total=steps, unit="steps", done=start) as bar:
+        done, stopped = start, None
         for index in range(start, steps):
+            stopped = _stop_reason(recipe)
+            if stopped:
+                break
             metrics = recipe.step(index)
             broken = [name for name, value in metrics.items() if not math.isfinite(value)]
             if broken:
@@ -83,9 +90,19 @@ def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_ever
             if time.monotonic() - saved_at >= checkpoint_every_s:
                 _save(recipe, done, output)
                 saved_at = time.monotonic()
-    _save(recipe, steps, output)
-    tail = max(1, steps // 10)
-    return {name: sum(values[-tail:]) / len(values[-tail:]) for name, values in window.items()}
+    _save(recipe, done, output)
+    tail = max(1, done // 10)
+    means = {name: sum(values[-tail:]) / len(values[-tail:]) for name, values in window.items()}
+    if stopped:
+        print(f"{label} stopped after {done} of {steps} steps: {stopped}", file=sys.stderr)
+        means["stopped_at_step"] = float(done)
+    return means
+
+
+def _stop_reason(recipe: Recipe) -> str | None:
+    """What a recipe that watches itself has against a further step. It is asked before each, so a resumed run asks first too."""
+    ask = getattr(recipe, "stop_reason", None)
+    return ask() if ask else None
 
 
 def batch_gradient(

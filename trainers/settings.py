@@ -3,6 +3,7 @@ An unknown key is an error; whatever can change a weight lives here, whatever ca
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -81,6 +82,13 @@ class SupervisedSettings(StrictSettings):
         return self
 
 
+class SecondScorerSettings(StrictSettings):
+    """A scorer beside the reward that ReFL follows: `model` is a local folder; 'reward' is another model of the reward's class."""
+
+    kind: Literal["reward", "clip", "pickscore", "hpsv2", "imagereward", "aesthetic"]
+    model: Path
+
+
 class ReFLSettings(StrictSettings):
     """Reward feedback learning: the reward's gradient through the decoder into one denoising step."""
 
@@ -95,6 +103,12 @@ class ReFLSettings(StrictSettings):
     hinge_margin: float = Field(1.5, description="b, in standard deviations above the start model's mean reward")
     reward_weight: float = Field(0.02, ge=0)
     velocity_weight: float = Field(1.0, ge=0, description="MSE to the frozen start model's velocity")
+    second_scorers: dict[Literal["generate", "edit"], SecondScorerSettings] = Field(
+        {}, description="scorers that training does not follow, by task; training stops where one falls while the reward rises"
+    )
+    second_every: int = Field(5, gt=0, description="steps of a task between two comparisons with the start model")
+    second_window: int = Field(4, gt=0, description="comparisons whose mean decides")
+    second_drop: float = Field(0.5, gt=0, description="fall of the second scorer that stops, in the start model's standard deviations")
     learning_rate: float = Field(1e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_data.lake import Lake
-from dreamlite_data.rewards import load_reward
+from dreamlite_data.rewards import load_reward, load_scorer
 from trainers.components.build import build_components
 from trainers.conditioning import PromptEncoder
 from trainers.data import TrainingRows
@@ -90,7 +90,8 @@ def train_stage(
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):
         rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
-        recipe = ReFLRecipe(unet, vae, rewards, rows, settings, key)
+        seconds = {task: load_scorer(second.kind, second.model) for task, second in settings.second_scorers.items()}
+        recipe = ReFLRecipe(unet, vae, rewards, rows, settings, key, seconds)
     else:
         recipe = DMD2Recipe(unet, rows, settings, key)
     metrics = run(recipe, steps=settings.steps, output=output, label=stage)

@@ -68,6 +68,12 @@ class Written:
 def run_task(task: Task) -> Written:
     """Runs on a worker: fetch the images, call the operator, write its rows to a Parquet file in the staging directory."""
     operator = task.make()
+    rows = inputs_of(task, operator)
+    return written(task, operator, rows, operator(rows))
+
+
+def inputs_of(task: Task, operator: Operator) -> pa.Table:
+    """The rows of a task with the bytes of their images. Raises KeyError where a column is missing that the operator reads."""
     rows = task.rows
     for column, id_column in task.image_columns.items():
         payloads = fetch(task.places, rows[id_column].to_pylist())
@@ -75,7 +81,11 @@ def run_task(task: Task) -> Written:
     missing = [name for name in operator.reads if name not in rows.column_names]
     if missing:
         raise KeyError(f"operator {operator.name} reads {', '.join(missing)}, which its input lacks")
-    answer = operator(rows)
+    return rows
+
+
+def written(task: Task, operator: Operator, rows: pa.Table, answer: pa.Table) -> Written:
+    """Write the answer to `rows`, and what else the operator has to say, to Parquet files in the staging directory."""
     if len(answer) != len(rows):
         raise RuntimeError(f"operator {operator.name} gave {len(answer)} rows for {len(rows)}: it may not drop or add rows")
     tables = {operator.table: stamp(operator.table, answer, task.version)}

@@ -21,6 +21,7 @@ from dreamlite_data.dataset import image_places
 from dreamlite_data.executors import Executor
 from dreamlite_data.lake import Lake, insert, register_files
 from dreamlite_data.operators.base import Operator, Task, Written, op_version, run_task, write_table
+from dreamlite_data.operators.stages import infer_task, prepare_task
 from dreamlite_data.progress import Progress
 from dreamlite_data.tombstones import free_of_forgotten
 
@@ -47,7 +48,11 @@ def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, ro
         if subjects.metadata.num_rows:
             tasks = cut(lake, measurement, subjects, version, rows_per_task)
             with Progress(operator.name, total=subjects.metadata.num_rows, unit="rows") as bar:
-                for written in executor.map(run_task, tasks, operator.resources):
+                if hasattr(operator, "prepare"):
+                    results = executor.map_stages(prepare_task, infer_task, tasks, operator.resources)
+                else:
+                    results = executor.map(run_task, tasks, operator.resources)
+                for written in results:
                     commit(lake, written)
                     measured += written.rows
                     failed += written.failed

@@ -11,47 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dreamlite_data.rewards.loader import weight_files
+from dreamlite_data.rewards.gradient import chunked
 from dreamlite_data.rewards.network import PackedText, RewardNetwork, load_network
-from dreamlite_data.rewards.preprocess import (
-    check_images01,
-    normalise_pixels,
-    normalised_from_tensor,
-    patchify,
-    pixels_from_pil,
-)
+from dreamlite_data.rewards.packing import MAX_BATCH_TOKENS, PackedRows, Picture, RowPacker
+from dreamlite_data.rewards.preprocess import check_images01, normalise_pixels, normalised_from_tensor, patchify
 from dreamlite_data.rewards.spec import RewardSpec, read_spec
-from dreamlite_data.rewards.text import RewardTokenizer, split_common
-
-MAX_BATCH_TOKENS = 32_768
-"""Decoder tokens of one scoring batch: 40 rows of HPSv3, hundreds of small-world rows."""
+from dreamlite_data.rewards.stored import RewardCheckpointError, weight_files
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardScores:
     """Scores of B rows. `heads` [B, H, 2] holds (mu, log sigma) of each head, `mu` and `log_sigma` their means over
     heads. Index 1 is a log standard deviation, never a quality. A row that could not be scored has NaN and a reason
-    in `errors`, which is None elsewhere."""
+    in `errors`, which is None elsewhere. `tokens` int64 [B] counts what ran through the network, 0 for such a row."""
 
     mu: np.ndarray
     log_sigma: np.ndarray
     heads: np.ndarray
     errors: tuple[str | None, ...]
-
-
-@dataclasses.dataclass
-class _Row:
-    index: int
-    images: list[np.ndarray]
-    trunk: list[int]
-    branches: list[list[int]]
-
-    @property
-    def length(self) -> int:
-        return len(self.trunk) + sum(map(len, self.branches))
+    tokens: np.ndarray
 
 
 class RewardModel:
@@ -60,14 +40,27 @@ class RewardModel:
     def __init__(
         self, model_dir: Path, network: RewardNetwork, spec: RewardSpec, *, share_prefix: bool = True
     ) -> None:
+        if len(network.heads) != len(spec.heads):
+            raise RewardCheckpointError(
+                f"{model_dir} holds {len(network.heads)} reward heads, but its kind {spec.kind!r} has {len(spec.heads)} "
+                f"({', '.join(spec.heads)}); set kind, heads and prompts in reward_spec.json to those it was trained with"
+            )
         self.model_dir, self.network, self.spec = Path(model_dir), network, spec
-        self.share_prefix = share_prefix
-        vision = network.config.vision_config
-        self.patch, self.merge, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         rows = network.backbone.get_input_embeddings().weight.shape[0]
-        self.tokenizer = RewardTokenizer(self.model_dir, spec, rows)
+        self.packer = RowPacker(self.model_dir, spec, network.config.vision_config, rows, share_prefix=share_prefix)
+        self.patch, self.merge, self.temporal = self.packer.patch, self.packer.merge, self.packer.temporal
+        self.tokenizer = self.packer.tokenizer
         # Ids come from the tokenizer; a config may still name the base model's.
         network.config.image_token_id = self.tokenizer.image_id
+
+    @property
+    def share_prefix(self) -> bool:
+        """Whether what the prompts of a row share runs through the decoder once; changes no score."""
+        return self.packer.share_prefix
+
+    @share_prefix.setter
+    def share_prefix(self, wanted: bool) -> None:
+        self.packer.share_prefix = wanted
 
     @property
     def kind(self) -> str:
@@ -88,41 +81,40 @@ class RewardModel:
         for path in [*weight_files(self.model_dir), *extra]:
             with path.open("rb") as opened:
                 digest.update(path.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-        digest.update(str(self.network.backbone.dtype).encode())
+        digest.update(str(self.network.backbone.dtype).encode() + (b" nf4" if self.network.four_bit else b""))
         return f"{self.kind}-{digest.hexdigest()[:12]}"
 
     def score(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Picture],
         prompts: Sequence[str],
-        sources: Sequence[Image.Image] | None = None,
-        batch_size: int = 64,
+        sources: Sequence[Picture] | None = None,
+        batch_size: int | None = 64,
     ) -> RewardScores:
         """Score images against prompts; `sources` are the images before the edit (EditReward needs them, HPSv3 refuses
         them). Rows are sorted by length and batched to at most `batch_size` rows; batching does not change a score.
-        An image that cannot be read costs its own row only."""
-        self._check_rows(len(images), prompts, sources)
-        errors: list[str | None] = [None] * len(images)
-        rows: list[_Row] = []
-        branches = self.tokenizer.branches([str(prompt) for prompt in prompts])
-        for index, image in enumerate(images):
-            group = [image] if sources is None else [sources[index], image]
-            try:
-                pixels = [self._pixels(each) for each in group]
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                errors[index] = f"{type(error).__name__}: {error}"
-                continue
-            trunk = self.tokenizer.trunk([self._image_tokens(each.shape[:2]) for each in pixels])
-            rows.append(_Row(index, pixels, *self._shared(trunk, branches[index])))
-        heads = np.full((len(images), len(self.spec.heads), 2), np.nan, np.float32)
+        An image given as a file is opened, resized and closed in its turn. An image or a prompt that cannot be read
+        costs its own row only."""
+        return self.score_packed(self.packer.pack(images, prompts, sources), batch_size=batch_size)
+
+    def score_packed(
+        self, packed: PackedRows, batch_tokens: int = MAX_BATCH_TOKENS, batch_size: int | None = None
+    ) -> RewardScores:
+        """Score rows that a packer of this model prepared, in batches of `batch_tokens` tokens with their padding and,
+        where given, of at most `batch_size` rows."""
+        errors = list(packed.errors)
+        heads = np.full((len(errors), len(self.spec.heads), 2), np.nan, np.float32)
         with torch.inference_mode():
-            for batch in _batches(sorted(rows, key=lambda row: row.length), batch_size):
-                heads[[row.index for row in batch]] = self._score_batch(batch).cpu().numpy()
+            for batch in packed.batches(batch_tokens, batch_size):
+                heads[packed.rows[batch]] = self._score_batch(packed, batch).cpu().numpy()
         for index in np.flatnonzero(~np.isfinite(heads).all((1, 2))):
             errors[index] = errors[index] or "the model returned a value that is not finite"
             heads[index] = np.nan
         mean = heads.mean(1)
-        return RewardScores(mean[:, 0].copy(), mean[:, 1].copy(), heads, tuple(errors))
+        tokens = np.zeros(len(errors), np.int64)
+        tokens[packed.rows] = packed.n_tokens
+        tokens[np.isnan(mean[:, 0])] = 0
+        return RewardScores(mean[:, 0].copy(), mean[:, 1].copy(), heads, tuple(errors), tokens)
 
     def differentiable(
         self,
@@ -130,24 +122,33 @@ class RewardModel:
         prompts: Sequence[str],
         sources01: Tensor | None = None,
         chunk_size: int = 32,
+        round_to_8_bits: bool = False,
     ) -> Tensor:
         """mu [B] of float images [B, 3, H, W] in [0, 1], with gradient to `images01` only.
 
         The graph of one chunk lives at a time: each score depends on its own image alone, so its gradient is taken at
-        once and kept as an image. Raises TypeError or ValueError on 8-bit or out-of-range input.
+        once and kept as an image. `round_to_8_bits` scores what a stored file would hold, with the gradient passed
+        straight through. Without a resize and with rounding this is `score` to float error; the resize differs from
+        PIL's by up to one 8-bit level a pixel. Raises TypeError or ValueError on 8-bit or out-of-range input.
         """
-        self._check_rows(images01.shape[0], prompts, sources01)
+        self.packer.check(images01.shape[0], prompts, sources01)
         check_images01(images01)
         if sources01 is not None:
             check_images01(sources01, "sources01")
-        return _ChunkedReward.apply(images01, self, list(prompts), sources01, chunk_size)
 
-    def heads_of_tensor(self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None) -> Tensor:
+        def mu_of(chunk: Tensor, texts: Sequence[str], sources: Tensor | None) -> Tensor:
+            return self.heads_of_tensor(chunk, texts, sources, round_to_8_bits)[..., 0].mean(1)
+
+        return chunked(mu_of, images01, prompts, sources01, chunk_size)
+
+    def heads_of_tensor(
+        self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None, round_to_8_bits: bool = False
+    ) -> Tensor:
         """(mu, log sigma) of each head, [B, H, 2], as one graph with gradient to `images01`."""
-        groups = [self._tensor_patches(images01)]
+        groups = [self._tensor_patches(images01, round_to_8_bits)]
         if sources01 is not None:
             with torch.no_grad():
-                groups.insert(0, self._tensor_patches(sources01))
+                groups.insert(0, self._tensor_patches(sources01, round_to_8_bits))
         counts = [grid[0] * grid[1] // self.merge**2 for _, grid in groups]
         features = []
         for number, (patches, grid) in enumerate(groups):
@@ -155,94 +156,40 @@ class RewardModel:
                 found = self.network.image_features(list(patches), [grid] * patches.shape[0])
             features.append(found.view(patches.shape[0], counts[number], -1))
         trunk = self.tokenizer.trunk(counts)
-        rows = [self._shared(trunk, branches) for branches in self.tokenizer.branches(list(prompts))]
+        rows = [self.packer.share(trunk, branches) for branches in self.tokenizer.branches(list(prompts))]
         text = PackedText.pack(rows, self.tokenizer.padding_id).to(self.network.device)
         return self.network(torch.cat(features, dim=1).flatten(0, 1), text)
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass of `differentiable`: less memory, one more forward pass.
         The backbone goes to train mode, for transformers skips checkpointing in eval mode; it has no active dropout."""
-        self.network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.network.backbone.activation_checkpointing_enable({"use_reentrant": False})
         self.network.backbone.train()
 
-    def _check_rows(self, count: int, prompts: Sequence[str], sources: Sequence | Tensor | None) -> None:
-        if (sources is None) != (self.spec.images == 1):
-            need = "needs the source images too" if sources is None else "scores single images and takes no sources"
-            raise ValueError(f"{self.kind} {need}")
-        for name, other in (("prompts", prompts), ("sources", sources)):
-            if other is not None and len(other) != count:
-                raise ValueError(f"{count} images but {len(other)} {name}")
-
-    def _pixels(self, image: Image.Image) -> np.ndarray:
-        return pixels_from_pil(image, self.patch * self.merge, self.spec.min_px, self.spec.max_px)
-
-    def _image_tokens(self, size: tuple[int, ...]) -> int:
-        return size[0] * size[1] // (self.patch * self.merge) ** 2
-
-    def _shared(self, trunk: list[int], branches: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-        if not self.share_prefix:
-            return trunk, branches
-        common, rest = split_common(branches)
-        return trunk + common, rest
-
-    def _tensor_patches(self, images01: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _tensor_patches(self, images01: Tensor, round_to_8_bits: bool) -> tuple[Tensor, tuple[int, int]]:
         values = normalised_from_tensor(
             images01.to(self.network.device), self.patch * self.merge, self.spec.min_px, self.spec.max_px,
-            self.spec.image_mean, self.spec.image_std,
+            self.spec.image_mean, self.spec.image_std, round_to_8_bits=round_to_8_bits,
         )  # fmt: skip
         grid = (values.shape[-2] // self.patch, values.shape[-1] // self.patch)
         return patchify(values, self.patch, self.merge, self.temporal), grid
 
-    def _score_batch(self, batch: list[_Row]) -> Tensor:
+    def _score_batch(self, packed: PackedRows, batch: np.ndarray) -> Tensor:
         patches, grids = [], []
-        for pixels in (each for row in batch for each in row.images):
+        for pixels in packed.images_of(batch):
             values = normalise_pixels(pixels, self.spec.image_mean, self.spec.image_std)
             patches.append(patchify(values[None], self.patch, self.merge, self.temporal)[0])
             grids.append((pixels.shape[0] // self.patch, pixels.shape[1] // self.patch))
         features = self.network.image_features(patches, grids)
-        text = PackedText.pack([(row.trunk, row.branches) for row in batch], self.tokenizer.padding_id)
+        text = PackedText.pack(packed.texts_of(batch), self.tokenizer.padding_id)
         return self.network(features, text.to(self.network.device))
 
 
-def _batches(rows: list[_Row], batch_size: int) -> list[list[_Row]]:
-    """Cut rows, sorted by length, where a batch would pass the row or the token limit."""
-    batches: list[list[_Row]] = []
-    for row in rows:
-        full = not batches or len(batches[-1]) == batch_size
-        if full or (len(batches[-1]) + 1) * row.length > MAX_BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
-class _ChunkedReward(torch.autograd.Function):
-    """Forward: mu and, where images need gradient, d mu / d image, chunk by chunk. Backward: one multiplication."""
-
-    @staticmethod
-    def forward(ctx, images01, model, prompts, sources01, chunk_size):  # noqa: ANN001, ANN205
-        scores, gradients = [], []
-        for start in range(0, images01.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
-            chunk = images01[rows].detach().requires_grad_(ctx.needs_input_grad[0])
-            sources = None if sources01 is None else sources01[rows].detach()
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                mu = model.heads_of_tensor(chunk, prompts[rows], sources)[..., 0].mean(1)
-                if ctx.needs_input_grad[0]:
-                    gradients.append(torch.autograd.grad(mu.sum(), chunk)[0])
-            scores.append(mu.detach().to(images01.device))
-        ctx.save_for_backward(torch.cat(gradients) if gradients else torch.empty(0))
-        return torch.cat(scores)
-
-    @staticmethod
-    def backward(ctx, grad_mu):  # noqa: ANN001, ANN205
-        (gradients,) = ctx.saved_tensors
-        return grad_mu.to(gradients.dtype).view(-1, 1, 1, 1) * gradients, None, None, None, None
-
-
 def load_reward(
-    model_dir: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    model_dir: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, four_bit: bool = False
 ) -> RewardModel:
     """Load a reward model from a checkpoint directory: weights in either published layout, config.json, tokenizer,
-    and optionally `reward_spec.json`. `dtype` is the backbone's; heads stay float32. Raises RewardCheckpointError."""
-    network = load_network(Path(model_dir), device, dtype)
+    and optionally `reward_spec.json`. `dtype` is the backbone's; heads stay float32. `four_bit` quantises the decoder
+    while loading (`rewards.four_bit`). Raises RewardCheckpointError."""
+    network = load_network(Path(model_dir), device, dtype, four_bit=four_bit)
     return RewardModel(Path(model_dir), network, read_spec(Path(model_dir), network.config.model_type))

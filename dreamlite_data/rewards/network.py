@@ -10,19 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLModel, Qwen2VLModel
 
-from dreamlite_data.rewards.loader import (
-    RewardCheckpointError,
-    head_widths,
-    load_weights,
-    stored_shapes,
-    vocabulary_rows,
-    weight_files,
-)
+from dreamlite_data.rewards.four_bit import make_four_bit
+from dreamlite_data.rewards.loader import head_widths, key_problems, load_weights, vocabulary_rows
+from dreamlite_data.rewards.stored import RewardCheckpointError, StoredTensor, read_headers, weight_files
 
 BACKBONES = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
 TRUNK = 0
 PADDING = -1
 HEAD_DROPOUT = 0.05  # HPSv3's ranknet head; active in training only
+HEAD_LAYERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +89,7 @@ class RewardNetwork(nn.Module):
             raise RewardCheckpointError(f"no reward backbone for {config.model_type!r}, only {sorted(BACKBONES)}")
         self.backbone = BACKBONES[config.model_type]._from_config(config, attn_implementation="sdpa")
         self.heads = nn.ModuleList(make_head(each) for each in widths)
+        self.four_bit = False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -130,33 +127,66 @@ class RewardNetwork(nn.Module):
         """(mu, log sigma) in float32 [B, K, 2]. Branch k is read by head k, or by the only head where there is one."""
         hidden = self.hidden_states(features, text, positions)
         rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-        rewards = hidden[rows, text.reward_index].float()
-        if len(self.heads) == 1:
-            return self.heads[0](rewards)
-        return torch.stack([head(rewards[:, index]) for index, head in enumerate(self.heads)], dim=1)
+        with torch.autocast(hidden.device.type, enabled=False):  # the heads are float32 also in a caller's autocast
+            rewards = hidden[rows, text.reward_index].float()
+            if len(self.heads) == 1:
+                return self.heads[0](rewards)
+            return torch.stack([head(rewards[:, index]) for index, head in enumerate(self.heads)], dim=1)
 
 
-def load_network(model_dir: Path, device: str | torch.device, dtype: torch.dtype) -> RewardNetwork:
-    """Build and fill the network of a checkpoint directory; frozen, in eval mode.
+def skeleton(model_dir: Path, header: dict[str, StoredTensor]) -> RewardNetwork:
+    """The network of a checkpoint directory without weights (on the meta device), every key and shape checked.
 
-    Raises RewardCheckpointError where config.json or the weights are missing or do not fit one another.
+    Raises RewardCheckpointError where config.json is missing or does not fit the stored weights, listing every key.
     """
-    files = weight_files(model_dir)
-    if not (Path(model_dir) / "config.json").exists():
-        raise RewardCheckpointError(f"{model_dir} has no config.json; copy it from the base model")
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    shapes = stored_shapes(files)
-    widths = head_widths(shapes)
+    config = read_config(model_dir)
+    widths = head_widths(header)
     if not widths:
         raise RewardCheckpointError(f"{model_dir}: no reward head among the weights (looked for rm_head.* and rm_heads.*)")
-    config.text_config.vocab_size = vocabulary_rows(shapes, Path(model_dir))
+    for each in widths:
+        if len(each) != HEAD_LAYERS + 1:
+            raise RewardCheckpointError(f"{model_dir}: a reward head has {HEAD_LAYERS} linear layers, here one has {len(each) - 1}")
+    config.text_config.vocab_size = vocabulary_rows(header, Path(model_dir))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, None)  # unused here, and the base's ids may lie past a shrunk vocabulary
     with torch.device("meta"):
         network = RewardNetwork(config, widths)
+    problems = {word: keys for word, keys in key_problems(network, header).items() if keys}
+    if problems:
+        listed = "; ".join(f"{len(keys)} {word}: {', '.join(keys)}" for word, keys in problems.items())
+        raise RewardCheckpointError(
+            f"{model_dir}: the weights do not fit config.json ({listed}); "
+            "use the config.json of the base model that this checkpoint was trained from"
+        )
+    return network
+
+
+def read_config(model_dir: Path) -> PreTrainedConfig:
+    """The transformers config of a checkpoint directory; no code from the directory is run."""
+    path = Path(model_dir) / "config.json"
+    if not path.exists():
+        raise RewardCheckpointError(f"{model_dir} has no config.json; copy it from the base model")
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RewardCheckpointError(f"{path} is no config of a known model: {str(error).splitlines()[0]}") from error
+    if config.model_type not in BACKBONES:
+        raise RewardCheckpointError(f"{path}: no reward backbone for {config.model_type!r}, only {sorted(BACKBONES)}")
+    return config
+
+
+def load_network(model_dir: Path, device: str | torch.device, dtype: torch.dtype, *, four_bit: bool = False) -> RewardNetwork:
+    """Build and fill the network of a checkpoint directory; frozen, in eval mode. `four_bit` quantises the decoder.
+
+    Raises RewardCheckpointError where config.json or the weights are missing or do not fit one another.
+    """
+    files = weight_files(model_dir)
+    network = skeleton(model_dir, read_headers(files))
+    if four_bit:
+        make_four_bit(network, dtype)
     load_weights(network, files, device=device, dtype=dtype)
     # Rotary frequencies are no parameters: computed anew, outside the meta device.
-    backbone = network.backbone
+    backbone, config = network.backbone, network.config
     for owner, name, part in (
         (backbone.language_model, "rotary_emb", config.text_config),
         (backbone.visual, "rotary_pos_emb", config.vision_config),

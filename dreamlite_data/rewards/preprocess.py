@@ -3,13 +3,22 @@ Own code, because the library's processors need torchvision and stop gradients."
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+
+Image.init()  # registers every reader of this Pillow; which ones it was built with differs
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF") if name in Image.OPEN)
+"""Formats whose readers are pure parsers. Not imported from `images`, or a change of ingest would retrain what uses rewards."""
 
 HIGHEST_ASPECT = 200
 HIGHEST_VALUE = 1.5
@@ -43,6 +52,26 @@ def pixels_from_pil(image: Image.Image, factor: int, min_px: int, max_px: int) -
     return np.asarray(image)
 
 
+@contextlib.contextmanager
+def opened_image(picture: Image.Image | Path | bytes) -> Iterator[Image.Image]:
+    """An image, or that of a file or of a file's bytes, which is closed again: of many files only small arrays stay in memory.
+    Formats whose readers are no pure parsers (EPS and the like) are refused. Raises ValueError or OSError."""
+    if isinstance(picture, Image.Image):
+        yield picture
+        return
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages switch this on for the whole process when imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns below the size that it refuses
+        try:
+            image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
+        except UnidentifiedImageError:
+            if isinstance(picture, bytes):  # Pillow would name the buffer's address, which is another in every process
+                raise UnidentifiedImageError("the bytes are no image of a known format") from None
+            raise
+        with image:
+            yield image
+
+
 def normalise_pixels(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [..., H, W, 3] to float32 [..., 3, H, W], rounded where Qwen2-VL's image processor rounds."""
     values = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
@@ -53,6 +82,11 @@ def normalise_pixels(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[flo
 def straight_through_clamp(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Clamp in the forward pass, identity in the backward pass: a pixel outside [0, 1] can still be pulled back."""
     return values + (values.clamp(low, high) - values).detach()
+
+
+def straight_through_round(values: Tensor) -> Tensor:
+    """Round [0, 1] to 8-bit levels in the forward pass, identity in the backward pass."""
+    return values + ((values * 255).round() / 255 - values).detach()
 
 
 def check_images01(images: Tensor, what: str = "images01") -> None:
@@ -70,15 +104,19 @@ def check_images01(images: Tensor, what: str = "images01") -> None:
 
 
 def normalised_from_tensor(
-    images: Tensor, factor: int, min_px: int, max_px: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Tensor:
-    """Differentiable counterpart of the PIL path: float [B, 3, H, W] in [0, 1] to normalised float32 [B, 3, H', W']."""
+    images: Tensor, factor: int, min_px: int, max_px: int, mean: tuple[float, ...], std: tuple[float, ...],
+    *, round_to_8_bits: bool = False,
+) -> Tensor:  # fmt: skip
+    """Differentiable counterpart of the PIL path: float [B, 3, H, W] in [0, 1] to normalised float32 [B, 3, H', W'].
+    `round_to_8_bits` rounds where a file and PIL's resize would, with the gradient passed straight through."""
     images = straight_through_clamp(images.float())
+    images = straight_through_round(images) if round_to_8_bits else images
     height, width = smart_resize(images.shape[-2], images.shape[-1], factor, min_px, max_px)
     if images.shape[-2:] != (height, width):
         # Bicubic overshoots at edges; PIL clips to 8 bits there, so this clamps again.
         images = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
         images = straight_through_clamp(images)
+        images = straight_through_round(images) if round_to_8_bits else images
     shape = (1, 3, 1, 1)
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 

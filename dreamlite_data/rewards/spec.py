@@ -12,12 +12,27 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
+from dreamlite_data.rewards.stored import RewardCheckpointError
 
 SPEC_FILE = "reward_spec.json"
 PROMPT_FIELD = "{text_prompt}"
 PREPROCESSING_VERSION = 1
 """Raise it when ids or pixels change for the same input: it is a part of every `scorer_id`."""
+
+_SUFFIX_SHA256 = "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a"
+PUBLISHED_SHA256 = {
+    "hpsv3": {
+        "prompt overall": "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a",
+        "suffix": _SUFFIX_SHA256,
+    },
+    "editreward": {
+        "prompt follow": "da5bfc26898cc8e0e534a29675ad78c3462d331b7feaebf13bae5aa50195864f",
+        "prompt quality": "89bbc5c2ac1bbea9c45a0fde298e9a97d1c079170a30780392c577fc1cd8d286",
+        "suffix": _SUFFIX_SHA256,
+    },
+}
+"""sha256 of the texts in the authors' repositories (HPSv3 `dataset/data_collator_qwen.py`, EditReward
+`dataset/prompts.py`). A stripped trailing space changes ids and scores, which happened to a published port."""
 
 KIND_OF_ARCHITECTURE = {"qwen2_vl": "hpsv3", "qwen2_5_vl": "editreward"}
 
@@ -71,11 +86,23 @@ def released_spec(kind: str) -> dict[str, object]:
     return json.loads((resources.files("dreamlite_data.rewards") / "data" / f"{kind}.json").read_text("utf-8"))
 
 
+def _read_overrides(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RewardCheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RewardCheckpointError(f"{path} must hold an object with fields of the spec, not {type(found).__name__}")
+    return found
+
+
 def read_spec(model_dir: Path, architecture: str) -> RewardSpec:
     """The spec of a checkpoint directory: the released one of its architecture, with the overrides of
     `reward_spec.json` where that file exists. Raises RewardCheckpointError on an unknown field or a bad value."""
     path = Path(model_dir) / SPEC_FILE
-    overrides: dict[str, object] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    overrides = _read_overrides(path)
     kind = overrides.get("kind", KIND_OF_ARCHITECTURE.get(architecture))
     if kind not in KIND_OF_ARCHITECTURE.values():
         raise RewardCheckpointError(

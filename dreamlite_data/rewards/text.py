@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
-from dreamlite_data.rewards.loader import RewardCheckpointError
 from dreamlite_data.rewards.spec import RewardSpec
+from dreamlite_data.rewards.stored import RewardCheckpointError
 
 _MARK = "@@text@@"
 _IMAGE_TOKEN = "<|image_pad|>"
@@ -24,7 +25,7 @@ class RewardTokenizer:
 
     def __init__(self, model_dir: Path, spec: RewardSpec, rows: int) -> None:
         self.spec = spec
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = _read_tokenizer(model_dir)
         if spec.reward_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([spec.reward_token], special_tokens=True)
         if len(tokenizer) != rows:
@@ -73,6 +74,16 @@ class RewardTokenizer:
         ids = [[*each, self.reward_id] for each in ids]
         heads = len(self.spec.heads)
         return [ids[start : start + heads] for start in range(0, len(ids), heads)]
+
+
+def _read_tokenizer(model_dir: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+        raise RewardCheckpointError(
+            f"{model_dir}: no tokenizer can be read ({str(error).splitlines()[0]}); copy tokenizer.json and tokenizer_config.json "
+            "(or vocab.json and merges.txt) from the base model"
+        ) from error
 
 
 def split_common(branches: list[list[int]]) -> tuple[list[int], list[list[int]]]:

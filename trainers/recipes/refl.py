@@ -9,11 +9,12 @@ import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from torch.nn import functional as F
 
-from dreamlite_data.rewards import RewardModel
+from dreamlite_data.rewards import RewardModel, Scorer
 from trainers.data import Batch, Plan, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
 from trainers.parallel import map_threads
+from trainers.recipes.second_scorer import HackingWatch
 from trainers.settings import ReFLSettings
 
 BASELINE_BATCHES = 2  # batches of each task that fix the start model's mean and spread of reward
@@ -30,6 +31,7 @@ class ReFLRecipe:
         rows: TrainingRows,
         settings: ReFLSettings,
         key: tuple[int, ...],
+        second_scorers: dict[str, Scorer] | None = None,
     ) -> None:
         self.unet, self.vae, self.rewards, self.rows = unet.train(), vae, rewards, rows
         self.settings, self.key = settings, key
@@ -48,7 +50,10 @@ class ReFLRecipe:
                 f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
             )
         optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        self.watch = HackingWatch(second_scorers or {}, settings)
         self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
+        if self.watch.scorers:
+            self.modules["watch"] = self.watch
         self.ema = Ema(unet, settings.ema_decay)
         self.baseline = {task: self._baseline(task) for task in self.plans}
 
@@ -80,7 +85,25 @@ class ReFLRecipe:
         logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
         norm = optimizer_step(self.optimizers["unet"], parameters, settings.clip_norm, settings.learning_rate)
         self.ema.update(self.unet)
-        return mean_logs(logs) | {"gradient_norm": norm}
+        compared = self._compare(task, batch) if self.watch.due(task, index // 2) else {}
+        return mean_logs(logs) | {"gradient_norm": norm} | compared
+
+    def stop_reason(self) -> str | None:
+        """Why no further step may be taken; None while all is well."""
+        return self.watch.stop_reason()
+
+    @torch.no_grad()
+    def _compare(self, task: str, batch: Batch) -> dict[str, float]:
+        """Both scorers on images of this model and of the start model, of the same prompts and noise."""
+        drawn = []
+        for unet in (self.unet, self.reference):
+            parts = batch.split(self.settings.micro_batch)
+            drawn.append(torch.cat(list(map_threads(lambda part, unet=unet: self._estimate(unet, part, self.exits[-1])[-1], parts))))
+        reward_now, reward_start = (self._reward(task, batch, latents).mean().item() for latents in drawn)
+        sources = decode01(self.vae, batch.condition) if task == "edit" else None
+        now, start = (decode01(self.vae, latents) for latents in drawn)
+        second = self.watch.second_gain(task, now, start, [row.text for row in batch.rows], sources)
+        return self.watch.record(task, (reward_now - reward_start) / self.baseline[task][1], second)
 
     def _batch(self, task: str, index: int) -> Batch:
         indices, positions = self.plans[task].indices(index // 2)

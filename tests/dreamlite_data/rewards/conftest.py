@@ -1,4 +1,5 @@
-"""Tiny reward checkpoints for the tests: the golden ones, and the same with one-line prompts for tests in seconds."""
+"""Tiny reward checkpoints for the tests: the golden ones, and the same with one-line prompts for tests in seconds.
+Each test gets a copy of the golden pictures where it needs files."""
 
 import json
 import shutil
@@ -37,6 +38,19 @@ def short_hpsv3(short_hpsv3_dir) -> RewardModel:
 
 
 @pytest.fixture(scope="session")
-def short_editreward(tmp_path_factory) -> RewardModel:
+def short_editreward_dir(tmp_path_factory) -> Path:
     prompts = ["how well does it follow: {text_prompt}", "how well does it keep: {text_prompt}"]
-    return load_reward(short("editreward_tiny", tmp_path_factory.mktemp("rewards"), prompts))
+    return short("editreward_tiny", tmp_path_factory.mktemp("rewards"), prompts)
+
+
+@pytest.fixture(scope="session")
+def short_editreward(short_editreward_dir) -> RewardModel:
+    return load_reward(short_editreward_dir)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with the four golden images, where a test may add files of its own."""
+    for each in FIXTURES.glob("image*.png"):
+        shutil.copy(each, tmp_path)
+    return tmp_path

@@ -50,6 +50,53 @@ def test_every_image_gets_its_own_gradient_whatever_the_chunk(short_hpsv3):
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-6)
 
 
+def test_chunked_backward_equals_the_plain_graph(short_hpsv3, short_editreward):
+    weights = torch.tensor([1.0, 0.5, -2.0])
+    for model, sources in ((short_hpsv3, None), (short_editreward, batch().flip(0))):
+        plain = batch().requires_grad_()
+        wanted = model.heads_of_tensor(plain, PROMPTS, sources)[..., 0].mean(1)
+        (wanted * weights).sum().backward()
+        images = batch().requires_grad_()
+        found = model.differentiable(images, PROMPTS, sources, chunk_size=2)
+        (found * weights).sum().backward()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(images.grad, plain.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (200, 300)])  # without and with a resize
+def test_a_pixel_outside_the_range_gets_a_gradient(short_hpsv3, size):
+    images = batch(*size)[:1]
+    bright = images > 0.7
+    images = torch.where(bright, images + 0.4, images).requires_grad_()
+    score = short_hpsv3.differentiable(images, PROMPTS[:1])
+    score.sum().backward()
+    assert (images.grad[bright] != 0).float().mean() > 0.99
+    clamped = short_hpsv3.differentiable(images.detach().clamp(0, 1), PROMPTS[:1])
+    torch.testing.assert_close(score.detach(), clamped, rtol=0, atol=1e-4)  # forward it is clamped
+
+
+def test_rounding_to_8_bits_scores_what_a_file_would_hold(short_hpsv3):
+    images = batch(224, 224) * 0.777 + 0.001  # between the levels
+    exact = short_hpsv3.score(pil(images), PROMPTS).mu
+    rounded = short_hpsv3.differentiable(images, PROMPTS, round_to_8_bits=True)
+    np.testing.assert_allclose(rounded.numpy(), exact, rtol=0, atol=5e-5)
+    assert np.abs(short_hpsv3.differentiable(images, PROMPTS).numpy() - exact).max() > 5e-4
+    asked = images[:1].clone().requires_grad_()
+    short_hpsv3.differentiable(asked, PROMPTS[:1], round_to_8_bits=True).sum().backward()
+    assert (asked.grad != 0).float().mean() > 0.99
+
+
+def test_heads_stay_exact_in_a_caller_s_autocast(short_hpsv3):
+    types = []
+    handle = short_hpsv3.network.heads[0][0].register_forward_hook(lambda _, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            score = short_hpsv3.differentiable(batch()[:1], PROMPTS[:1])
+    finally:
+        handle.remove()
+    assert types == [(torch.float32, torch.float32)] and score.dtype == torch.float32
+
+
 def test_gradient_is_the_slope_of_the_score(short_hpsv3):
     images = batch(224, 224)[:1].clamp(0.1, 0.9).requires_grad_()  # no resize and no clamp: nothing straight-through
     short_hpsv3.differentiable(images, PROMPTS[:1]).sum().backward()
@@ -79,12 +126,17 @@ def test_checkpointing_recomputes_and_keeps_score_and_gradient(short_hpsv3, shor
     wanted.sum().backward()
     other = load_reward(short_hpsv3_dir)
     calls = []
-    other.network.backbone.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    other.network.backbone.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("decoder"))
+    other.network.backbone.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append("vision"))
+    without = batch()[:1].requires_grad_()
+    other.differentiable(without, PROMPTS[:1]).sum().backward()
+    assert sorted(calls) == ["decoder", "vision"]
+    calls.clear()
     other.enable_activation_checkpointing()
     images = batch()[:1].requires_grad_()
     score = other.differentiable(images, PROMPTS[:1])
     score.sum().backward()
-    assert len(calls) == 2
+    assert sorted(calls) == ["decoder", "decoder", "vision", "vision"]
     torch.testing.assert_close(score, wanted)
     torch.testing.assert_close(images.grad, plain.grad)
 

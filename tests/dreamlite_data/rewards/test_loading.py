@@ -99,6 +99,48 @@ def test_vocabulary_comes_from_the_weights_and_must_fit_the_tokenizer(tmp_path):
         load_reward(short)
 
 
+def test_a_number_of_heads_that_is_not_the_kind_s_is_refused(tmp_path):
+    """A single-head EditReward was trained with other prompts; scoring it with these two would be wrong in silence."""
+    own = copy_of("editreward_tiny", tmp_path)
+    state = load_file(own / "model.safetensors")
+    save_file({key: value for key, value in state.items() if not key.startswith("rm_heads.head_1")}, own / "model.safetensors")
+    with pytest.raises(RewardCheckpointError, match="1 reward heads, but its kind 'editreward' has 2"):
+        load_reward(own)
+
+
+def test_a_head_of_another_depth_is_refused(tmp_path):
+    own = copy_of("hpsv3_tiny", tmp_path)
+    state = load_file(own / "HPSv3.safetensors")
+    save_file({key: value for key, value in state.items() if not key.startswith("rm_head.5")}, own / "HPSv3.safetensors")
+    with pytest.raises(RewardCheckpointError, match="3 linear layers, here one has 2"):
+        load_reward(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "no config of a known model"), ("config.json", '{"model_type": "bert"}', "no reward backbone for 'bert'"),
+        ("tokenizer.json", "{", "no tokenizer can be read"), ("reward_spec.json", "[]", "must hold an object"),
+        ("reward_spec.json", "{", "no valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_beside_the_weights_is_named(tmp_path, name, content, message):
+    own = copy_of("hpsv3_tiny", tmp_path)
+    (own / name).write_text(content)
+    with pytest.raises(RewardCheckpointError, match=message):
+        load_reward(own)
+
+
+def test_code_that_a_directory_brings_is_not_run(tmp_path):
+    own = copy_of("hpsv3_tiny", tmp_path)
+    (own / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, field in (("config.json", {"AutoConfig": "own.A"}), ("tokenizer_config.json", {"AutoTokenizer": ["own.A", "own.A"]})):
+        settings = json.loads((own / name).read_text())
+        (own / name).write_text(json.dumps(settings | {"auto_map": field}))
+    load_reward(own)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_heads_stay_float32_beside_a_bfloat16_backbone():
     model = load_reward(FIXTURES / "hpsv3_tiny", dtype=torch.bfloat16)
     assert model.network.backbone.dtype == torch.bfloat16
@@ -116,7 +158,7 @@ def test_a_directory_overrides_prompt_and_pixel_budget(tmp_path):
     )
     model = load_reward(own)
     assert model.scorer_id != default.scorer_id
-    assert np.prod(model._pixels(Image.new("RGB", (500, 500))).shape[:2]) == 3136
+    assert np.prod(model.packer.pixels(Image.new("RGB", (500, 500))).shape[:2]) == 3136
     (ids,) = model.tokenizer.branches(["x"])[0]
     assert len(ids) == 3
 

@@ -1,6 +1,7 @@
 """The wrapper gives the scores of the original HPSv3 and EditReward code.
 Expected values come from the authors' classes run on tiny checkpoints (fixtures)."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from dreamlite_data.rewards import RewardModel, load_reward
 from dreamlite_data.rewards.network import PackedText
 from dreamlite_data.rewards.preprocess import normalise_pixels, patchify, pixels_from_pil, smart_resize
+from dreamlite_data.rewards.verify import position_scores
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -77,22 +79,51 @@ def test_swapping_source_and_edited_image_changes_the_score(editreward):
     assert abs(swapped.mu[0] - row["mean"][0]) > 100 * TOLERANCE
 
 
-def test_three_dimensional_positions_would_change_the_score(hpsv3):
-    row = expected("hpsv3")[0]
-    pixels = hpsv3._pixels(image(row["image"]))
-    grid = (pixels.shape[0] // 14, pixels.shape[1] // 14)
-    values = normalise_pixels(pixels, hpsv3.spec.image_mean, hpsv3.spec.image_std)[None]
-    trunk = hpsv3.tokenizer.trunk([grid[0] * grid[1] // 4])
-    text = PackedText.pack([(trunk, hpsv3.tokenizer.branches([row["prompt"]])[0])], hpsv3.tokenizer.padding_id)
-    with torch.inference_mode():
-        features = hpsv3.network.image_features([patchify(values, 14, 2, 2)[0]], [grid])
-        grid_positions, _ = hpsv3.network.backbone.get_rope_index(
-            text.ids, (text.ids == hpsv3.tokenizer.image_id).int(), torch.tensor([[1, *grid]])
-        )
-        right = hpsv3.network(features, text)[0, 0, 0].item()
-        wrong = hpsv3.network(features, text, positions=grid_positions)[0, 0, 0].item()
-    assert abs(right - row["mu"]) < TOLERANCE
-    assert abs(wrong - row["mu"]) > 0.01
+@pytest.mark.parametrize("kind", ["hpsv3", "editreward"])
+def test_three_dimensional_positions_would_change_the_score(kind, request):
+    model, row = request.getfixturevalue(kind), expected(kind)[0]
+    if kind == "hpsv3":
+        own, plain, on_grid = position_scores(model, image(row["image"]), row["prompt"])
+        assert abs(own - row["mu"]) < TOLERANCE
+    else:
+        own, plain, on_grid = position_scores(model, image(row["edited"]), row["instruction"])
+    assert own == pytest.approx(plain, abs=TOLERANCE)
+    assert abs(on_grid - own) > 0.01
+
+
+def test_what_stands_behind_the_reward_token_does_not_matter(short_hpsv3, short_editreward):
+    """Both score the whole published text the same as the text cut at the token."""
+    tail = "\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
+    for model in (short_hpsv3, short_editreward):
+        behind = model.tokenizer.tokenizer(tail).input_ids
+        pixels = model.packer.pixels(image("image0.png"))
+        grid = (pixels.shape[0] // 14, pixels.shape[1] // 14)
+        patches = patchify(normalise_pixels(pixels, model.spec.image_mean, model.spec.image_std)[None], 14, 2, 2)[0]
+        trunk = model.tokenizer.trunk([grid[0] * grid[1] // 4] * model.spec.images)
+        branches = model.tokenizer.branches(["a cat"])[0]
+        cut = PackedText.pack([(trunk, branches)], model.tokenizer.padding_id)
+        whole = PackedText.pack([(trunk, [branch + behind for branch in branches])], model.tokenizer.padding_id)
+        whole = dataclasses.replace(whole, reward_index=whole.reward_index - len(behind))
+        with torch.inference_mode():
+            features = model.network.image_features([patches] * model.spec.images, [grid] * model.spec.images)
+            torch.testing.assert_close(model.network(features, whole), model.network(features, cut), rtol=0, atol=TOLERANCE)
+            moved = dataclasses.replace(whole, reward_index=whole.reward_index - 1)
+            assert (model.network(features, moved) - model.network(features, cut)).abs().max() > 100 * TOLERANCE
+
+
+def test_a_file_scores_as_its_opened_image(short_hpsv3):
+    files = [FIXTURES / f"image{index}.png" for index in range(2)]
+    opened = short_hpsv3.score([Image.open(path) for path in files], ["a", "b"]).mu
+    assert np.array_equal(short_hpsv3.score(files, ["a", "b"]).mu, opened)
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", None, 3])
+def test_a_prompt_that_is_no_text_costs_its_own_row_only(short_hpsv3, prompt):
+    pictures = [image("image0.png"), image("image1.png")]
+    scores = short_hpsv3.score(pictures, ["a cat", prompt])
+    assert scores.errors[0] is None and "the prompt is" in scores.errors[1] and np.isnan(scores.mu[1])
+    assert scores.tokens[0] > 0 == scores.tokens[1]
+    assert scores.mu[0] == pytest.approx(short_hpsv3.score(pictures[:1], ["a cat"]).mu[0], abs=TOLERANCE)
 
 
 def test_batching_and_padding_do_not_change_a_score(short_hpsv3, short_editreward):
