@@ -33,6 +33,7 @@ from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
 from dreamlite_data.sources.base import DigestCache, Unit
+from dreamlite_data.steering import plan_edits
 from dreamlite_data.taxonomy import record_taxonomy
 
 __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
@@ -210,7 +211,8 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
     record_taxonomy(lake)
     active = forget_unused_routes(lake, settings)
     if name == "edit":
-        return (*(route for route in active if route != "edit_pairs"), "quality", "duplicates")
+        plan = ("edit_plan",) if settings.quotas.steer else ()
+        return (*plan, *(route for route in active if route != "edit_pairs"), "quality", "duplicates")
     pairs = ("edit_pairs", "verify_edit") * (1 + settings.edit_pairs.composed) if "edit_pairs" in active else ()
     return ("verify_edit", *pairs, "verify_triplet")
 
@@ -218,6 +220,8 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
 def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
     if name in INSPECTIONS:
         return inspect(lake, settings, executor, name)
+    if name == "edit_plan":
+        return plan_edits(lake, settings)
     if name in COMPARISONS:
         return COMPARISONS[name](lake, settings)
     return measure_pending(lake, _measurement(lake, settings, name), executor, settings.ingest.rows_per_task)

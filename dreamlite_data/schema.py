@@ -83,6 +83,10 @@ OPERATORS: dict[str, pa.Schema] = {
     ),
     # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
     "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
+    # Only where quotas steer: the types (level1/level2) that each route shall make of an image.
+    "op_edit_plan": _schema(
+        subject_id=ID, op_version=ID, exact=pa.list_(pa.string()), composite=pa.list_(pa.string()), model=pa.list_(pa.string()), error=pa.string()
+    ),
     "op_caption": _schema(
         subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
         reason=pa.string(), error=pa.string(),

@@ -6,9 +6,12 @@ from __future__ import annotations
 import difflib
 import ipaddress
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from dreamlite_data.quotas import Quotas
 
 
 class StrictSettings(BaseModel):
@@ -89,6 +92,32 @@ class EditPairsSettings(StrictSettings):
 
     inverse: bool = False
     composed: bool = False
+
+
+class QuotaSettings(StrictSettings):
+    """How much of each edit type is wanted: the shares of a packaged `mix`, or `shares` of one's own over types of the taxonomy ("object",
+    or "object/add"), which sum to 1. `steer` aims the draws of edits of photos at them; `cap` keeps, when a dataset version is made, of each
+    type no more than its share of `cap_rows` (null: of the rows that pass every rule)."""
+
+    mix: str = "dreamlite"
+    shares: dict[str, float] = Field(default_factory=dict)
+    steer: bool = False
+    cap: bool = False
+    cap_rows: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> QuotaSettings:
+        if self.shares or self.mix != "dreamlite":
+            self.read()
+        if self.shares and "mix" in self.model_fields_set:
+            raise ValueError("refresh.quotas has both a mix and shares of its own: leave one of them out")
+        return self
+
+    def read(self) -> Quotas:
+        """The quotas that are meant. Raises QuotaError."""
+        from dreamlite_data.quotas import read_quotas
+
+        return read_quotas(self.shares or self.mix)
 
 
 class DownloadSettings(StrictSettings):
@@ -297,6 +326,7 @@ class RefreshSettings(StrictSettings):
     composite: CompositeSettings = CompositeSettings()
     edit_model: EditModelSettings = EditModelSettings()
     edit_pairs: EditPairsSettings = EditPairsSettings()
+    quotas: QuotaSettings = QuotaSettings()
     extra_sources: tuple[ExtraSource, ...] = ()
     downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()
@@ -316,6 +346,15 @@ class RefreshSettings(StrictSettings):
         twice = sorted({f"{name} ({style})" for name, style in names if names.count((name, style)) > 1})
         if twice:
             raise ValueError(f"refresh.captions asks twice for the captions of {', '.join(twice)}: name each model and style once")
+        return self
+
+    @model_validator(mode="after")
+    def _quotas_have_draws(self) -> RefreshSettings:
+        drawn = self.photos.edits_per_image + self.composite.per_image + (self.edit_model.editor is not None)
+        if self.quotas.steer and not drawn:
+            raise ValueError(
+                "refresh.quotas.steer has nothing to steer: set photos.edits_per_image, composite.per_image or edit_model.editor, or leave steer out"
+            )
         return self
 
     @model_validator(mode="after")

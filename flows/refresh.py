@@ -65,7 +65,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             config,
             "caption",
             "quality",
-            {"min_side_px": policy.min_side_px, **edit_routes, **_model_specs(settings)},
+            {"min_side_px": policy.min_side_px, **edit_routes, **_model_specs(settings), **_steering(settings)},
             "Caption images, make edit triplets of photos, and measure with the models that the settings name.",
             external=lambda: {
                 **edit_folders(settings), **{model: folder_digest(Path(model)) for model in _model_folders(settings)}
@@ -122,6 +122,11 @@ def _model_specs(settings: RefreshSettings) -> dict[str, Any]:
         "safety": spec_of(settings.safety),
         "text": spec_of(settings.text),
     }
+
+
+def _steering(settings: RefreshSettings) -> dict[str, Any]:
+    """The quotas at which the draws of edits aim, where they do."""
+    return {"quotas": spec_of(settings.quotas, ("cap", "cap_rows"))} if settings.quotas.steer else {}
 
 
 def _model_folders(settings: RefreshSettings) -> list[str]:

@@ -4,7 +4,7 @@ Everything is drawn from (image id, cut-out ids, operation), so the same photo a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -300,7 +300,7 @@ class CompositeInstructor:
     def __init__(self, cutouts: CutOuts) -> None:
         self.cutouts, self.digest = cutouts, cutouts.digest
 
-    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]:
+    def requests(self, pixels: Pixels, image_id: str, wanted: Sequence[str] = ()) -> Iterable[Request]:
         for operation in shuffled(list(OPERATIONS), "composite", image_id):
             composition = OPERATIONS[operation](draw_things(operation, image_id, self.cutouts))
             yield said(operation, list(composition.forms), operation, image_id, plan=composition)
