@@ -300,6 +300,8 @@ def policy_parameters(lake: Lake, settings: RefreshSettings, seed: int) -> dict[
         "sources": [source.name for source in source_list(lake, settings, seed)],
         "seed": str(seed),
         "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
+        "quotas": settings.quotas.read().as_parameter() if settings.quotas.cap else None,
+        "quota_rows": settings.quotas.cap_rows,
     }
     if settings.scenes.fault_share == 0:
         parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find

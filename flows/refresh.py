@@ -98,7 +98,10 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             "curate",
             lambda ctx: _curate(ctx, config),
             code,
-            spec={"policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
+            spec={
+                "policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
+                **({"quotas": spec_of(settings.quotas, ("steer",))} if settings.quotas.cap else {}),
+            },  # fmt: skip
             inputs=("score",),
             seed=config.seed,
             alone=VIEWS,

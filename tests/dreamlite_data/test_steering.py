@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from dreamlite_data import executors, refresh, steering
 from dreamlite_data.lake import Lake
+from dreamlite_data.operators.edit_plan import EditPlan
 from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.conftest import contents
 
@@ -96,13 +98,22 @@ def test_a_run_cut_off_after_the_plan_or_within_it_ends_like_one_that_was_not(st
     assert contents(lake, PLANNED) == contents(steered, PLANNED)
 
 
-def test_new_pictures_get_more_of_what_the_lake_is_short_of(tmp_path: Path) -> None:
+def _kinds(rows: Iterable[dict]) -> Counter[str]:
+    return Counter(kind for row in rows for kind in row["exact"] + row["composite"])
+
+
+def test_a_plan_starts_from_what_was_made_and_what_is_planned(steered: Lake, tmp_path: Path) -> None:
+    version = steered.query("SELECT op_version FROM current_versions WHERE name = 'edit_plan'")["op_version"][0].as_py()
+    made = Counter(f"{row['level1']}/{row['level2']}" for row in steered.query("SELECT * FROM edit_types WHERE NOT rejected").to_pylist())
+    assert {str(kind): count for kind, count in steering.held_types(steered, _settings(), version).items()} == made
     settings = _settings(quotas={"steer": True, "shares": {"object": 0.4, "low_level": 0.4, "camera": 0.2}})
     lake = _ingested(tmp_path / "lake", settings, 6)
-    refresh.measure(lake, settings, executors.local(), ["edit"])
+    refresh.record_taxonomy(lake)
+    steering.plan_edits(lake, settings)
     before = {row["subject_id"]: row for row in lake.query("SELECT * FROM op_edit_plan").to_pylist()}
-    lost = "UPDATE edits SET rejected = true WHERE edit_id IN (SELECT edit_id FROM edit_types WHERE level1 = 'low_level')"
-    lake.write(lambda connection: connection.execute(lost) and None)
+    version = next(iter(before.values()))["op_version"]
+    held = steering.held_types(lake, settings, version)
+    assert {str(kind): count for kind, count in held.items()} == _kinds(before.values())
     shutil.rmtree(lake.files / "sources" / "photos_80")
     refresh.write_sources(lake, settings, 0)
     _keep(lake, 14)
@@ -110,10 +121,10 @@ def test_new_pictures_get_more_of_what_the_lake_is_short_of(tmp_path: Path) -> N
     steering.plan_edits(lake, settings)
     after = {row["subject_id"]: row for row in lake.query("SELECT * FROM op_edit_plan").to_pylist()}
     assert len(after) >= len(before) + 4 and {name: after[name] for name in before} == before
-    first, later = ([kind for row in rows for kind in row["exact"] + row["composite"]]
-                    for rows in (before.values(), [row for name, row in after.items() if name not in before]))  # fmt: skip
-    shares = [sum(kind.startswith("low_level/") for kind in kinds) / len(kinds) for kinds in (first, later)]
-    assert shares[0] == pytest.approx(0.4, abs=0.05) and shares[1] > 0.6
+    fresh = [name for name in after if name not in before]
+    rows = EditPlan.of(settings)(fresh, held)
+    assert [{**row, "op_version": version, "error": None} for row in rows] == [after[name] for name in sorted(fresh)]
+    assert rows != EditPlan.of(settings)(fresh, {})  # without what is planned, the same pictures would be asked for other things
 
 
 def test_steering_that_has_nothing_to_steer_is_refused() -> None:
