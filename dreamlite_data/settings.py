@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -109,7 +110,7 @@ class QuotaSettings(StrictSettings):
     def _can_be_read(self) -> QuotaSettings:
         if self.shares or self.mix != "dreamlite":
             self.read()
-        if self.shares and "mix" in self.model_fields_set:
+        if self.shares and self.mix != "dreamlite":
             raise ValueError("refresh.quotas has both a mix and shares of its own: leave one of them out")
         return self
 
@@ -239,6 +240,8 @@ class PolicySettings(StrictSettings):
     sft_share: float = Field(0.35, gt=0, le=1)
     rl_rows_per_task: int = Field(4000, ge=1)
     heldout_share: float = Field(0.05, ge=0, lt=1)
+    splits: dict[str, float] = Field(default_factory=dict)
+    """Names and shares of the splits, instead of train and heldout: {train: 0.9, validation: 0.05, test: 0.05}."""
     min_similarity: float | None = Field(None, gt=0, le=1)
     max_nsfw: float | None = Field(None, gt=0, lt=1)
     max_face_fraction: float | None = Field(None, gt=0, lt=1)
@@ -246,6 +249,28 @@ class PolicySettings(StrictSettings):
     max_text_fraction: float | None = Field(None, gt=0, lt=1)
     allow_unanimous: tuple[str, ...] = ()
     """Rules ("dataset.rule", or "*") that may pass or reject every row without that being an error."""
+
+    @model_validator(mode="after")
+    def _splits_are_whole(self) -> PolicySettings:
+        if not self.splits:
+            return self
+        said = ", ".join(f"{name} {share:g}" for name, share in self.splits.items())
+        wrong = [name for name in self.splits if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name)]
+        if wrong:
+            raise ValueError(f"refresh.policy.splits: a split cannot be called {wrong[0]!r}: lower-case letters, digits and underscores")
+        if "train" not in self.splits or len(self.splits) < 2:
+            near = difflib.get_close_matches("train", self.splits, n=1)
+            hint = f"; did you mean 'train' by {near[0]!r}?" if near and near[0] != "train" else ""
+            raise ValueError(f"refresh.policy.splits ({said}) needs 'train', which the stages learn from, and another to judge them on{hint}")
+        if any(share <= 0 for share in self.splits.values()) or abs(sum(self.splits.values()) - 1) > 1e-6:
+            raise ValueError(f"refresh.policy.splits ({said}) must be shares above 0 that sum to 1; they sum to {sum(self.splits.values()):g}")
+        if self.heldout_share != type(self).model_fields["heldout_share"].default:
+            raise ValueError("refresh.policy.splits names every split with its share: leave heldout_share out")
+        return self
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits of every dataset version, in the order of the settings; the first beside 'train' is for judging."""
+        return tuple(self.splits) or ("train", "heldout")
 
 
 CaptionStyle = Literal["tag", "short", "medium", "dense"]

@@ -17,6 +17,7 @@ from dreamlite_data.policies.candidates import candidates_sql
 from dreamlite_data.policies.committed import check_sql, committed_policies
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, parameters_of, read_policy
 from dreamlite_data.policies.quota import cap, refuse_own_use
+from dreamlite_data.policies.splits import with_split
 
 DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
 """In the order in which they are made: later ones draw from earlier ones."""
@@ -148,18 +149,6 @@ def surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, 
     return found
 
 
-def _with_split(lake: Lake, kept: pa.Table, heldout_share: float) -> pa.Table:
-    """`kept` with the column split: 'heldout' for a share of the groups, by the first 64 bits of the hash of the group's name,
-    so that a picture keeps its side in every dataset and every version. A row without group is one of its own."""
-    split = lake.query(
-        "SELECT CASE WHEN sha256('split:' || coalesce(nullif(group_id, ''), row_id))[:16] < $below THEN 'heldout' ELSE 'train' END AS split "
-        "FROM kept",
-        {"below": f"{int(heldout_share * 2**64):016x}"},
-        kept=kept.select(["group_id", "row_id"]),
-    )
-    return kept.append_column("split", split["split"])
-
-
 def rows_digest(rows: pa.Table) -> str:
     """sha256 over the rows in row_id order: what a dataset version is, apart from its number. Taken column by column over
     blocks of a fixed count, so that neither Python rows nor the chunks of a table come into it."""
@@ -192,7 +181,7 @@ def freeze(
     name = policy.dataset
     kept = judged.filter(pc.equal(judged["verdict"], "keep"))
     if "split" not in kept.column_names:
-        kept = _with_split(lake, kept, parameters["heldout_share"])
+        kept = with_split(lake, kept, parameters)
     rows = schema.conform("dataset_rows", kept.select(ROW_COLUMNS))
     digest, policy_digest = rows_digest(rows), policy.digest(parameters)
     latest = lake.query("SELECT * FROM latest_datasets WHERE name = $name", {"name": name}).to_pylist()

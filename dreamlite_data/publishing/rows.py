@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from dreamlite_data.dataset import Dataset, DatasetError, image_places
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import fetch
+from dreamlite_data.policies.splits import split_order
 from dreamlite_data.publishing.licences import Licence, find_licence, row_licences, strictest
 
 TASKS = ("generate", "edit")
@@ -99,9 +100,9 @@ def _with_facts(lake: Lake, rows: pa.Table) -> pa.Table:
 
 
 def cut_shards(rows: pa.Table, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """The rows by task and split ('train' first), each cut where the images of a shard reach `shard_bytes`."""
+    """The rows by task and split (train, validation, test, others), each cut where the images of a shard reach `shard_bytes`."""
     shards = []
-    splits = sorted(set(rows["split"].to_pylist()), key=lambda name: (name != "train", name))
+    splits = sorted(set(rows["split"].to_pylist()), key=split_order)
     for task in sorted(set(rows["task"].to_pylist())):
         of_task = rows.filter(pc.equal(rows["task"], task))
         for split in splits:

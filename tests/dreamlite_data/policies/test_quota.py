@@ -30,6 +30,12 @@ HALF = {"object": 0.5, "camera": 0.5}
 PACKAGED = Path(refresh.__file__).parent / "policies"
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """An empty lake: the candidates of these tests come from no table."""
+    return Lake(tmp_path_factory.mktemp("bare"))
+
+
 def _policy(score: str = ""):
     return read_policy("trial", f"-- @candidates\n{COLUMNS}\n-- @rule low\nn >= $from\n-- @quota\n{TYPES.format(score=score)}")
 
@@ -44,8 +50,8 @@ def _kept(rows: list[dict]) -> Counter[str]:
     return Counter("object" if row["n"] % 10 < 7 else "camera" if row["n"] % 10 < 9 else "none" for row in rows if row["verdict"] == "keep")
 
 
-def test_each_type_is_capped_at_its_share_of_the_rows_that_pass(lake: Lake) -> None:
-    rows, outcome, _ = _judge(lake, **{"from": 20})
+def test_each_type_is_capped_at_its_share_of_the_rows_that_pass(bare: Lake) -> None:
+    rows, outcome, _ = _judge(bare, **{"from": 20})
     assert _kept(rows) == {"object": 40, "camera": 16}  # 56 and 16 of 80 pass; a type without a share has none
     assert [(rule.name, reached, out) for rule, reached, out in outcome] == [("low", 100, 20), ("quota", 80, 24)]
     over = [row for row in rows if row["first_rule"] == "quota"]
@@ -54,36 +60,36 @@ def test_each_type_is_capped_at_its_share_of_the_rows_that_pass(lake: Lake) -> N
     assert {row["first_rule"] for row in rows if row["n"] < 20} == {"low"}  # a row that fails a rule says so, not that it is over
 
 
-def test_a_size_of_the_whole_caps_harder_and_without_quotas_nothing_goes(lake: Lake) -> None:
-    assert _kept(_judge(lake, quota_rows=20)[0]) == {"object": 10, "camera": 10}
-    rows, outcome, _ = _judge(lake, quotas=None)
+def test_a_size_of_the_whole_caps_harder_and_without_quotas_nothing_goes(bare: Lake) -> None:
+    assert _kept(_judge(bare, quota_rows=20)[0]) == {"object": 10, "camera": 10}
+    rows, outcome, _ = _judge(bare, quotas=None)
     assert _kept(rows) == {"object": 70, "camera": 20, "none": 10} and [rule.name for rule, _, _ in outcome] == ["low"]
-    rows, outcome, _ = _judge(lake, quotas={"object": 0.9, "camera": 0.05, "unmapped": 0.05}, quota_rows=10_000)
+    rows, outcome, _ = _judge(bare, quotas={"object": 0.9, "camera": 0.05, "unmapped": 0.05}, quota_rows=10_000)
     assert _kept(rows) == {"object": 70, "camera": 20} and outcome[-1][2] == 10
 
 
-def test_the_best_stay_and_where_none_is_better_a_hash_that_new_rows_do_not_move(lake: Lake) -> None:
-    rows, _, _ = _judge(lake, ", CASE WHEN n % 2 = 0 THEN CAST(n AS DOUBLE) WHEN n % 3 = 0 THEN 'nan'::DOUBLE END AS score", quota_rows=20)
+def test_the_best_stay_and_where_none_is_better_a_hash_that_new_rows_do_not_move(bare: Lake) -> None:
+    rows, _, _ = _judge(bare, ", CASE WHEN n % 2 = 0 THEN CAST(n AS DOUBLE) WHEN n % 3 = 0 THEN 'nan'::DOUBLE END AS score", quota_rows=20)
     kept = [row["n"] for row in rows if row["verdict"] == "keep" and row["n"] % 10 < 7]
     assert kept == sorted(n for n in range(100) if n % 10 < 7 and n % 2 == 0)[-10:]
 
     def by_hash(count: int) -> set[int]:
-        return {row["n"] for row in _judge(lake, quota_rows=40, count=count)[0] if row["verdict"] == "keep"}
+        return {row["n"] for row in _judge(bare, quota_rows=40, count=count)[0] if row["verdict"] == "keep"}
 
     few, more = by_hash(100), by_hash(120)
     assert few == by_hash(100) and few != set(range(min(few), max(few) + 1))
     assert len({n for n in more if n < 100} - few) == 0  # rows of before are only displaced by new ones
 
 
-def test_the_version_records_the_quotas_and_another_share_is_another_policy(lake: Lake) -> None:
+def test_the_version_records_the_quotas_and_another_share_is_another_policy(bare: Lake) -> None:
     policy = _policy()
-    judged, _ = judge(lake, policy, values := _judge(lake)[2])
-    made = freeze(lake, policy, judged, values, [])
-    assert made["rows"] == 70 == len(open_dataset(lake, "trial"))
-    funnel = lake.query("SELECT rule, rows_in, rejected, rows_out FROM funnel WHERE dataset = 'trial' ORDER BY position").to_pylist()
+    judged, _ = judge(bare, policy, values := _judge(bare)[2])
+    made = freeze(bare, policy, judged, values, [])
+    assert made["rows"] == 70 == len(open_dataset(bare, "trial"))
+    funnel = bare.query("SELECT rule, rows_in, rejected, rows_out FROM funnel WHERE dataset = 'trial' ORDER BY position").to_pylist()
     assert funnel[-1] == {"rule": "quota", "rows_in": 100, "rejected": 30, "rows_out": 70}
-    assert lake.query("SELECT count(*) AS n FROM why_dropped WHERE rule = 'quota' AND margin < 0")["n"][0].as_py() == 30
-    assert "'share'" not in stored_rules(lake, "trial")[1][0]["parameters"] and "object" in stored_rules(lake, "trial")[1][1]["parameters"]
+    assert bare.query("SELECT count(*) AS n FROM why_dropped WHERE rule = 'quota' AND margin < 0")["n"][0].as_py() == 30
+    assert "'share'" not in stored_rules(bare, "trial")[1][0]["parameters"] and "object" in stored_rules(bare, "trial")[1][1]["parameters"]
     other = {**values, "quotas": {"object": 0.6, "camera": 0.4}}
     assert policy.digest(values) != policy.digest(other) != policy.digest({**values, "quotas": None})
 
@@ -113,20 +119,20 @@ def test_a_malformed_block_says_what_is_wrong(text: str, said: str) -> None:
     ({"quota_rows": 0}, "quota_rows is 0"),
     ({"quota_rows": "many"}, "quota_rows is 'many'"),
 ])  # fmt: skip
-def test_quotas_that_cannot_be_meant_are_refused(lake: Lake, change: dict, said: str) -> None:
+def test_quotas_that_cannot_be_meant_are_refused(bare: Lake, change: dict, said: str) -> None:
     with pytest.raises(PolicyError, match=said):
-        _judge(lake, **change)
+        _judge(bare, **change)
 
 
-def test_a_block_that_says_too_little_or_too_much_is_refused(lake: Lake) -> None:
+def test_a_block_that_says_too_little_or_too_much_is_refused(bare: Lake) -> None:
     start = f"-- @candidates\n{COLUMNS}\n-- @rule low\nn >= $from\n-- @quota\n"
     values = {"count": 10, "from": 0, "quotas": HALF}
     with pytest.raises(PolicyError, match="lacks the columns level1, level2"):
-        judge(lake, read_policy("trial", start + "SELECT 'r000' AS row_id"), values)
+        judge(bare, read_policy("trial", start + "SELECT 'r000' AS row_id"), values)
     with pytest.raises(PolicyError, match="may name a row once only"):
-        judge(lake, read_policy("trial", start + "SELECT 'r000' AS row_id, 'object' AS level1, 'add' AS level2 FROM range(2)"), values)
+        judge(bare, read_policy("trial", start + "SELECT 'r000' AS row_id, 'object' AS level1, 'add' AS level2 FROM range(2)"), values)
     with pytest.raises(PolicyError, match=r"reads \$quotas in SQL"):
-        judge(lake, read_policy("trial", start + "SELECT 'r000' AS row_id, 'object' AS level1, $quotas AS level2"), values)
+        judge(bare, read_policy("trial", start + "SELECT 'r000' AS row_id, 'object' AS level1, $quotas AS level2"), values)
 
 
 def test_settings_cap_the_packaged_datasets(own: Lake) -> None:  # noqa: F811
