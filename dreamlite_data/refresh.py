@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from dreamlite_data import downloads, sources
 from dreamlite_data.comparisons import COMPARISONS
+from dreamlite_data.cutout_licences import record_cutouts
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
 from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
@@ -211,6 +212,10 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
     record_taxonomy(lake)
     active = forget_unused_routes(lake, settings)
     if name == "edit":
+        if "edit_composite" in active:
+            digests = DigestCache(_folder(lake) / "digests.json")
+            record_cutouts(lake, settings.composite, digests)
+            digests.save()
         plan = ("edit_plan",) if settings.quotas.steer else ()
         return (*plan, *(route for route in active if route != "edit_pairs"), "quality", "duplicates")
     pairs = ("edit_pairs", "verify_edit") * (1 + settings.edit_pairs.composed) if "edit_pairs" in active else ()

@@ -54,11 +54,20 @@ class PhotosSettings(StrictSettings):
 
 class CompositeSettings(StrictSettings):
     """Edits made by pasting cut-outs onto photos: `per_image` of each photo (0: none), with the way back. `cutouts` is a folder of
-    PNG files with alpha and .txt captions; without it shapes are drawn."""
+    PNG files with alpha and .txt captions, under the `licence` and from the `origin` given here or in a .json beside each; without
+    it shapes are drawn."""
 
     cutouts: Path | None = None
+    licence: str | None = None
+    origin: str | None = None
     per_image: int = Field(0, ge=0, le=7)
     inverse: bool = True
+
+    @model_validator(mode="after")
+    def _says_it_of_a_folder(self) -> CompositeSettings:
+        if self.cutouts is None and (self.licence or self.origin):
+            raise ValueError("refresh.composite.licence and origin are of a folder of cut-outs: give cutouts too, or leave them out")
+        return self
 
 
 class EditModelSettings(StrictSettings):

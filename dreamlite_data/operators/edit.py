@@ -46,7 +46,7 @@ class Request:
 class Try:
     """One triplet made for a request. None for `source` or `target` is the subject image itself; `mask`, bool [H, W], is
     where the edit belongs, where the route knows; `relation` is '' or 'inverse' (of the try before it); `reject_reason`
-    says why it is a negative."""
+    says why it is a negative; `parts` are the cut-outs in the pictures."""
 
     request: Request
     target: Pixels | None
@@ -54,6 +54,7 @@ class Try:
     mask: np.ndarray | None = None
     relation: str = ""
     reject_reason: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 class Instructor(Protocol):
@@ -120,7 +121,8 @@ class ExactEditor:
 
 class Edit:
     """Operator over photos: makes `count` accepted triplets of each or, by a `plan` (its op_version), one of each type in the row's
-    `wanted`. Pictures become images, triplets rows of `edits`, their wordings rows of `instructions`, known masks rows of `edit_masks`."""
+    `wanted`. Pictures become images, triplets rows of `edits`, their wordings rows of `instructions`, known masks rows of `edit_masks`,
+    cut-outs in them rows of `edit_parts`."""
 
     version = 2
     table = "op_edit"
@@ -142,7 +144,7 @@ class Edit:
         }  # fmt: skip
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks")}
+        self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks", "edit_parts")}
         for part in (self.instructor, self.editor):
             if hasattr(part, "prepare"):
                 part.prepare()  # a model that is not there is the user's mistake, not a bad row: it must end the run
@@ -196,6 +198,8 @@ class Edit:
             self._rows["edit_masks"].setdefault(identity, {
                 "edit_id": identity, "mask_png": encode_mask(attempt.mask), "mask_fraction": float(attempt.mask.mean()), "origin": self.editor.name,
             })  # fmt: skip
+        if attempt.parts:
+            self._rows["edit_parts"].setdefault(identity, {"edit_id": identity, "cutout_ids": list(attempt.parts)})
         return identity
 
     def _image(self, pixels: Pixels) -> str:
