@@ -4,7 +4,7 @@ A task is a whole shard of work and names everything it needs, so both executors
 from __future__ import annotations
 
 import collections
-import importlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
+from dreamlite_data.ray_workers import RESOURCES, RETRIES, call_without_gpu, map_on_actors, room
 from dreamlite_data.settings import RefreshSettings
 
 RAY_STARTS = 3
@@ -42,7 +43,8 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs in this process (`workers=1`) or in `workers` fresh processes (spawned: DuckDB and torch do not survive a fork)."""
+    """Runs in this process (`workers=1`) or in `workers` fresh processes (spawned: DuckDB and torch do not survive a fork). Work that
+    needs a GPU runs in this process: several would each load the model onto the same one."""
 
     name = "local"
 
@@ -56,7 +58,7 @@ class LocalExecutor:
         first = list(itertools.islice(waiting, 2))
         if not first:
             return
-        if self.workers == 1 or (len(first) == 1 and self._pool is None):
+        if self.workers == 1 or (resources or {}).get("num_gpus") or (len(first) == 1 and self._pool is None):
             for task in itertools.chain(first, waiting):
                 yield function(task)
             return
@@ -103,7 +105,8 @@ def _quiet_worker() -> None:
 
 class RayExecutor:
     """Runs tasks on Ray: the cluster at RAY_ADDRESS, else a private one of `num_workers` CPUs on this machine.
-    Ray starts with the first task and never without one."""
+    Ray starts with the first task and never without one. Work that asks for GPUs runs on as many actors as have room, each with its
+    own; other work sees none."""
 
     name = "ray"
 
@@ -119,21 +122,17 @@ class RayExecutor:
         ray = self._start()
         wanted = {"num_cpus": 1.0, **(resources or {})}
         self._refuse_unfit(ray, wanted)
-        remote = ray.remote(max_retries=3, **wanted)(_call)
         waiting = itertools.chain(first, waiting)
         name = (function.__module__, function.__qualname__)
+        if wanted.get("num_gpus"):
+            yield from map_on_actors(ray, room(ray.nodes(), wanted), wanted, name, waiting, functools.partial(self._get, ray))
+            return
+        remote = ray.remote(max_retries=RETRIES, **wanted)(call_without_gpu)
         in_flight = 2 * max(self.num_workers, int(ray.cluster_resources().get("CPU", 1)))
         running = collections.deque(remote.remote(name, task) for task in itertools.islice(waiting, in_flight))
         try:
             while running:
-                try:
-                    result = ray.get(running[0])
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from None
-                except ray.exceptions.RayError as error:
-                    raise ExecutorError(
-                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is safe; run again"
-                    ) from error
+                result = self._get(ray, running[0])
                 running.popleft()
                 for task in itertools.islice(waiting, 1):
                     running.append(remote.remote(name, task))
@@ -143,13 +142,27 @@ class RayExecutor:
                 ray.cancel(reference)
 
     @staticmethod
+    def _get(ray: Any, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayError as error:
+            raise ExecutorError(
+                f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is safe; run again"
+            ) from error
+
+    @staticmethod
     def _refuse_unfit(ray: Any, wanted: dict[str, float]) -> None:
         have = ray.cluster_resources()
-        for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        for key, name in RESOURCES.items():
             if wanted.get(key, 0) > have.get(name, 0):
                 raise ExecutorError(
                     f"the Ray cluster offers {have.get(name, 0):g} {name}, a task needs {wanted[key]:g}: add nodes or lower the request"
                 )
+        if not room(ray.nodes(), wanted):
+            said = " and ".join(f"{wanted[key]:g} {name}" for key, name in RESOURCES.items() if wanted.get(key))
+            raise ExecutorError(f"no single node of the Ray cluster offers {said}, which one task needs: add a larger node or lower the request")
 
     def _start(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -222,15 +235,6 @@ def _refuse_silent_cluster(address: str) -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start its head, correct the address, or unset RAY_ADDRESS to "
             "use this machine"
         ) from None
-
-
-def _call(name: tuple[str, str], task: Any) -> Any:
-    """Runs on a Ray worker. The function goes by name, so its module (and models cached in it) is imported once per worker."""
-    module, qualified_name = name
-    target: Any = importlib.import_module(module)
-    for part in qualified_name.split("."):
-        target = getattr(target, part)
-    return target(task)
 
 
 def local(workers: int = 1) -> LocalExecutor:

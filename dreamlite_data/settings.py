@@ -7,9 +7,9 @@ import difflib
 import ipaddress
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from dreamlite_data.quotas import Quotas
@@ -282,6 +282,15 @@ class PolicySettings(StrictSettings):
         return tuple(self.splits) or ("train", "heldout")
 
 
+def _whole_above_one(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("a model takes a part of one GPU (0.5), or whole ones")
+    return value
+
+
+GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""GPUs of each worker that runs a model. With 0 it runs on the CPU; under Ray it then sees no GPU, wherever it runs."""
+
 CaptionStyle = Literal["tag", "short", "medium", "dense"]
 
 
@@ -304,7 +313,7 @@ class CaptionBackend(StrictSettings):
     attempts: int = Field(3, ge=1, le=10)
     concurrency: int = Field(8, ge=1, le=256)
     tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: GpuShare = 0.0
     batch_images: int = Field(8, ge=1)
 
     @model_validator(mode="after")
@@ -331,7 +340,7 @@ class EmbedSettings(StrictSettings):
 
     model: str | None = None
     revision: str | None = None
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: GpuShare = 0.0
     batch_images: int = Field(16, ge=1)
 
 
@@ -380,6 +389,15 @@ class RefreshSettings(StrictSettings):
         twice = sorted({f"{name} ({style})" for name, style in names if names.count((name, style)) > 1})
         if twice:
             raise ValueError(f"refresh.captions asks twice for the captions of {', '.join(twice)}: name each model and style once")
+        return self
+
+    @model_validator(mode="after")
+    def _ray_gives_out_the_gpus(self) -> RefreshSettings:
+        if self.executor == "ray" and self.edit_model.device.startswith("cuda:"):
+            raise ValueError(
+                f"refresh.edit_model.device is {self.edit_model.device!r}, but with executor ray each worker is given its own GPU and sees no "
+                "other: write 'cuda'"
+            )
         return self
 
     @model_validator(mode="after")
