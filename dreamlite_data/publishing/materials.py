@@ -16,16 +16,22 @@ WALK = f"""
 own AS (SELECT DISTINCT row_id, split_part(row_id, '#', 1) AS record_id FROM r),
 by_record AS (SELECT o.row_id, p.licence, p.source FROM own o JOIN provenance p ON p.record_id = o.record_id),
 shown AS (SELECT row_id, image_id FROM r UNION SELECT row_id, source_image_id FROM r WHERE source_image_id IS NOT NULL),
+links AS (
+    SELECT target_image_id AS here, source_image_id AS there FROM edits WHERE route <> 'provider'
+    UNION ALL SELECT source_image_id, target_image_id FROM edits WHERE route <> 'provider'
+    UNION ALL SELECT unnest([e.source_image_id, e.target_image_id]), o.subject_id
+    FROM (SELECT subject_id, unnest(edit_ids) AS edit_id FROM op_edit) o JOIN edits e ON e.edit_id = o.edit_id
+),
 walk(row_id, image_id, depth) AS (
     SELECT s.row_id, s.image_id, 0 FROM shown s ANTI JOIN by_record b ON b.row_id = s.row_id
     UNION
-    SELECT w.row_id, CASE WHEN e.target_image_id = w.image_id THEN e.source_image_id ELSE e.target_image_id END, w.depth + 1
-    FROM walk w JOIN edits e ON e.route <> 'provider' AND (e.target_image_id = w.image_id OR e.source_image_id = w.image_id)
+    SELECT w.row_id, l.there, w.depth + 1 FROM walk w JOIN links l ON l.here = w.image_id
     WHERE w.depth < {MADE_OF_DEPTH} AND w.image_id NOT IN (SELECT image_id FROM provenance)
 )
 """
 """CTEs over rows `r` (row_id, image_id, source_image_id): the images of a row, and for made ones those on the way back to what a source
-brought. A row that a source brought itself has its record and no walk."""
+brought: through their edits, and to the photo that a route worked on, for things may have been pasted onto both of its pictures. A
+row that a source brought itself has its record and no walk."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -23,6 +23,7 @@ from dreamlite_data.publishing.materials import Material, row_materials
 from dreamlite_data.publishing.rows import select_rows
 from dreamlite_data.settings import CompositeSettings
 from dreamlite_data.sources.base import DigestCache
+from dreamlite_data.takedown import forget
 
 PHOTO = np.random.default_rng(5).integers(0, 255, (90, 120, 3), dtype=np.uint8)
 
@@ -106,6 +107,7 @@ def composites(tmp_path: Path) -> Lake:
     lake.append({
         "images": [{"image_id": "photo", "bytes": payload, "mime": "image/png", "width": 120, "height": 90, "size_bytes": len(payload)}],
         "provenance": [{"image_id": "photo", "record_id": "own/1", "role": "", "source": "own", "licence": "CC-BY-4.0"}],
+        "op_edit": [{"subject_id": "photo", "op_version": "v", "edit_ids": [edit["edit_id"] for edit in edits]}],
         "datasets": [{"name": "made", "version": 1, "digest": "d", "rows": len(edits)}],
         "dataset_rows": [{"name": "made", "version": 1, "row_id": edit["edit_id"], "task": "edit", "image_id": edit["target_image_id"],
                           "source_image_id": edit["source_image_id"], "text": edit["instruction"], "edit_type": edit["edit_type"],
@@ -143,3 +145,11 @@ def test_a_composite_of_unknown_cutouts_is_not_published(composites: Lake) -> No
     assert row_materials(composites, dataset.rows) == [[Material("unknown", "a cut-out", "")]] * len(dataset)
     with pytest.raises(DatasetError, match=r"may be published: \d+ unknown .* of cut-outs refresh.composite.licence"):
         select_rows(composites, dataset, False)
+
+
+def test_a_forgotten_photo_takes_composites_along_of_which_both_pictures_were_made(composites: Lake) -> None:
+    edits = composites.query("SELECT source_image_id, target_image_id FROM edits").to_pylist()
+    pictures = {image_id for edit in edits for image_id in edit.values()}
+    assert any("photo" not in edit.values() for edit in edits)
+    planned = forget(composites, ["photo"], "asked to", dry_run=True)
+    assert set(planned.images) == pictures | {"photo"} and planned.rows["edits"] == len(edits)
