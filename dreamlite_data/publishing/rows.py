@@ -17,7 +17,7 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import fetch
 from dreamlite_data.policies.splits import split_order
 from dreamlite_data.publishing.licences import Licence, combined, find_licence, row_licences, strictest
-from dreamlite_data.publishing.materials import row_materials
+from dreamlite_data.publishing.materials import WALK, row_materials
 
 TASKS = ("generate", "edit")
 SHARD_BYTES = 500 * 10**6
@@ -109,13 +109,16 @@ def _refuse_unknown_parts(dataset: Dataset) -> None:
 def _with_facts(lake: Lake, rows: pa.Table) -> pa.Table:
     names = ", ".join(f"r.{name}" for name in rows.column_names)
     return lake.query(
-        "WITH origin AS (SELECT record_id, min(source) AS source, min(url) AS url FROM provenance GROUP BY record_id), "
+        f"WITH RECURSIVE {WALK}, "
+        "walked AS (SELECT w.row_id, min(p.source) AS source FROM walk w JOIN provenance p ON p.image_id = w.image_id GROUP BY w.row_id), "
+        "origin AS (SELECT record_id, min(source) AS source, min(url) AS url FROM provenance GROUP BY record_id), "
         "by_image AS (SELECT image_id, min(source) AS source FROM provenance GROUP BY image_id) "
-        f"SELECT {names}, coalesce(o.source, s.source, t.source) AS source, o.url, i.width, i.height, i.mime, j.mime AS source_mime, "
+        f"SELECT {names}, coalesce(o.source, s.source, t.source, k.source) AS source, o.url, i.width, i.height, i.mime, j.mime AS source_mime, "
         "i.size_bytes + coalesce(j.size_bytes, 0) AS size_bytes "
         "FROM r JOIN images i ON i.image_id = r.image_id LEFT JOIN images j ON j.image_id = r.source_image_id "
         "LEFT JOIN origin o ON o.record_id = split_part(r.row_id, '#', 1) "
-        "LEFT JOIN by_image s ON s.image_id = r.source_image_id LEFT JOIN by_image t ON t.image_id = r.image_id ORDER BY r.row_id",
+        "LEFT JOIN by_image s ON s.image_id = r.source_image_id LEFT JOIN by_image t ON t.image_id = r.image_id "
+        "LEFT JOIN walked k ON k.row_id = r.row_id ORDER BY r.row_id",
         r=rows,
     )
 
