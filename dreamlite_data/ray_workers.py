@@ -69,6 +69,8 @@ def map_on_actors(
     what went wrong. The actors end with the last result, and their GPUs are free for the next operator."""
     waiting = iter(tasks)
     first = list(itertools.islice(waiting, count))
+    if not first:
+        return
     waiting = itertools.chain(first, waiting)
     remote = ray.remote(max_restarts=RETRIES, max_task_retries=RETRIES, **wanted)(GpuActor)
     actors = [remote.remote() for _ in first]
