@@ -14,6 +14,7 @@ from dreamlite_data.policies import PolicyError, read_policy
 from dreamlite_data.policies.curate import DATASETS, freeze, judge
 from dreamlite_data.policies.trial import commit_policy, try_policy
 from dreamlite_data.policies.versions import stored_rules
+from dreamlite_data.settings import PolicySettings
 from tests.dreamlite_data.conftest import small_settings
 from tests.dreamlite_data.policies.test_trial import own  # noqa: F401  (fixture)
 
@@ -95,7 +96,7 @@ def test_the_version_records_the_quotas_and_another_share_is_another_policy(bare
 
 
 def test_a_policy_without_quotas_in_force_is_the_policy_it_was() -> None:
-    parameters = refresh.policy_parameters.__globals__["RefreshSettings"]().policy.model_dump() | {"sources": [], "seed": "0", "benchmarks": []}
+    parameters = PolicySettings().model_dump() | {"sources": [], "seed": "0", "benchmarks": []}
     for name in DATASETS:
         text = (PACKAGED / f"{name}.sql").read_text()
         plain = read_policy(name, text.partition("-- @quota")[0])
