@@ -278,7 +278,7 @@ class PolicySettings(StrictSettings):
         return self
 
     def split_names(self) -> tuple[str, ...]:
-        """The splits of every dataset version, in the order of the settings; the first beside 'train' is for judging."""
+        """The splits of every dataset version, in the order of the settings."""
         return tuple(self.splits) or ("train", "heldout")
 
 

@@ -72,9 +72,10 @@ class PipelineConfig(BaseModel):
 
     @property
     def judging(self) -> EvaluateSettings:
-        """How stages are judged, with the split by name."""
+        """How stages are judged, with the split by name: validation where there is one, for a test split is for the end."""
         names = [name for name in self.refresh.policy.split_names() if name != "train"]
-        return self.evaluate.model_copy(update={"split": self.evaluate.split or names[0]})
+        by_default = "validation" if "validation" in names else names[0]
+        return self.evaluate.model_copy(update={"split": self.evaluate.split or by_default})
 
 
 def presets() -> list[str]:
