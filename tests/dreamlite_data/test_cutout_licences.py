@@ -96,8 +96,8 @@ def test_the_lake_knows_each_cutout_and_a_corrected_licence_is_a_few_rows(tmp_pa
 
 @pytest.fixture
 def composites(tmp_path: Path) -> Lake:
-    """A photo with composites of three stamps, as a dataset: cup under the GPL, hat free, key without a licence."""
-    root = _stamps(tmp_path / "stamps", hat={"licence": "CC0-1.0"}, cup={"licence": "GPL-2"})
+    """A photo with composites of three stamps, as a dataset: hat under the GPL, key free, cup without a licence."""
+    root = _stamps(tmp_path / "stamps", hat={"licence": "GPL-2"}, key={"licence": "CC0-1.0"})
     cutouts, lake = CutOutFolder(root, "d"), Lake(tmp_path / "lake")
     payload = encode_png(PHOTO)
     operator = Edit(7, CompositeInstructor(cutouts), CompositeEditor(cutouts), "edit_composite")
@@ -125,9 +125,9 @@ def test_a_publication_keeps_to_the_licences_of_what_was_pasted(composites: Lake
         names[row["edit_id"]].add(row["name"])
     published = select_rows(composites, dataset, False)
     kept = {row["row_id"]: row for row in published.rows.to_pylist()}
-    assert set(kept) == {edit for edit, parts in names.items() if "key.png" not in parts} and 0 < len(kept) < len(names)
+    assert set(kept) == {edit for edit, parts in names.items() if "cup.png" not in parts} and 0 < len(kept) < len(names)
     for edit, row in kept.items():
-        assert row["licence"] == ("GPL-2.0" if "cup.png" in names[edit] else "CC-BY") and row["source"] == "own"
+        assert row["licence"] == ("GPL-2.0" if "hat.png" in names[edit] else "CC-BY") and row["source"] == "own"
         assert row["made_of"].startswith("photo (CC-BY-4.0); ") and all(part in row["made_of"] for part in names[edit])
     assert published.left_out == {("unknown", "no source states a licence that is known"): len(names) - len(kept)}
     publish(composites, "made", None, tmp_path / "out")
