@@ -19,8 +19,8 @@ class DatasetError(LakeError):
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """One version. `rows` has row_id, task ('generate' or 'edit'), image_id (the target), source_image_id, text, edit_type,
-    edited_fraction, edit_mask (8 x 8 bytes, share of changed pixels per cell as 0..255), weight, split ('train' or
-    'heldout'), sorted by row_id; what a task does not have is null."""
+    edited_fraction, edit_mask (8 x 8 bytes, share of changed pixels per cell as 0..255), weight, split ('train',
+    'heldout', or as the settings name them), sorted by row_id; what a task does not have is null."""
 
     name: str
     version: int
@@ -50,8 +50,13 @@ class Dataset:
         return self
 
     def split(self, name: str) -> pa.Table:
-        """The rows of one split, 'train' or 'heldout'."""
-        return self.rows.filter(pa.compute.equal(self.rows["split"], name))
+        """The rows of one split. Raises DatasetError, with the splits that there are, where it has none."""
+        rows = self.rows.filter(pa.compute.equal(self.rows["split"], name))
+        if not len(rows):
+            counts = pa.compute.value_counts(self.rows["split"]).to_pylist()
+            said = ", ".join(f"{item['values']} ({item['counts']:,})" for item in sorted(counts, key=lambda item: str(item["values"])))
+            raise DatasetError(f"dataset {self.name}@{self.version} has no rows in split {name!r}; its splits are {said or 'none: it is empty'}")
+        return rows
 
 
 def open_dataset(lake: Lake, name: str, version: int | None = None) -> Dataset:

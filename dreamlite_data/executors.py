@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -17,12 +16,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
+from dreamlite_data.ray_workers import RESOURCES, RETRIES, call_without_gpu, map_on_actors, name_of, room
 from dreamlite_data.settings import RefreshSettings
 
 RAY_STARTS = 3
 RAY_OBJECT_STORE_MB = 200
 CONNECT_TIMEOUT_S = 10.0
-IN_FLIGHT_PER_ACTOR = 3
 
 
 class ExecutorError(RuntimeError):
@@ -50,7 +49,8 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs in this process (`workers=1`) or in `workers` fresh processes (spawned: DuckDB and torch do not survive a fork)."""
+    """Runs in this process (`workers=1`) or in `workers` fresh processes (spawned: DuckDB and torch do not survive a fork). Work that
+    needs a GPU runs in this process: several would each load the model onto the same one."""
 
     name = "local"
 
@@ -64,7 +64,7 @@ class LocalExecutor:
         first = list(itertools.islice(waiting, 2))
         if not first:
             return
-        if self.workers == 1 or (len(first) == 1 and self._pool is None):
+        if self.workers == 1 or (resources or {}).get("num_gpus") or (len(first) == 1 and self._pool is None):
             for task in itertools.chain(first, waiting):
                 yield function(task)
             return
@@ -116,7 +116,8 @@ def _quiet_worker() -> None:
 
 class RayExecutor:
     """Runs tasks on Ray: the cluster at RAY_ADDRESS, else a private one of `num_workers` CPUs on this machine.
-    Ray starts with the first task and never without one."""
+    Ray starts with the first task and never without one. Work that asks for GPUs runs on as many actors as have room, each with its
+    own; other work sees none."""
 
     name = "ray"
 
@@ -132,9 +133,24 @@ class RayExecutor:
         ray = self._start()
         wanted = {"num_cpus": 1.0, **(resources or {})}
         self._refuse_unfit(ray, wanted)
-        remote = ray.remote(max_retries=3, **wanted)(_call)
+        waiting = itertools.chain(first, waiting)
+        name = name_of(function)
+        if wanted.get("num_gpus"):
+            yield from map_on_actors(ray, room(ray.nodes(), wanted), wanted, name, waiting, functools.partial(self._get, ray))
+            return
+        remote = ray.remote(max_retries=RETRIES, **wanted)(call_without_gpu)
         in_flight = 2 * max(self.num_workers, int(ray.cluster_resources().get("CPU", 1)))
-        yield from self._in_order(ray, functools.partial(remote.remote, _name(function)), itertools.chain(first, waiting), in_flight)
+        running = collections.deque(remote.remote(name, task) for task in itertools.islice(waiting, in_flight))
+        try:
+            while running:
+                result = self._get(ray, running[0])
+                running.popleft()
+                for task in itertools.islice(waiting, 1):
+                    running.append(remote.remote(name, task))
+                yield result
+        finally:
+            for reference in running:
+                ray.cancel(reference)
 
     def map_stages(
         self, first: Callable[[Any], Any], second: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None
@@ -152,53 +168,32 @@ class RayExecutor:
         ray = self._start()
         wanted = {**resources, "num_cpus": 0.0}  # its CPU work is to feed the GPU: the CPUs are the first stage's
         self._refuse_unfit(ray, {**wanted, "num_cpus": 1.0})
-        count = max(1, int(ray.cluster_resources().get("GPU", 0) // wanted["num_gpus"]))
-        actor = ray.remote(max_restarts=3, max_task_retries=3, **wanted)(_Stage)
-        actors = [actor.remote() for _ in range(count)]
-        prepare = ray.remote(max_retries=3, num_cpus=1.0)(_call)
-        turns = itertools.cycle(actors)
-
-        def submit(task: Any) -> Any:
-            return next(turns).run.remote(_name(second), prepare.remote(_name(first), task))
-
-        try:
-            # Packed images are large: one task of an actor is at work, one lies ready, one is being packed.
-            yield from self._in_order(ray, submit, itertools.chain(head, waiting), IN_FLIGHT_PER_ACTOR * count)
-        finally:
-            for each in actors:
-                ray.kill(each)  # gives the GPU to the next operator
+        prepare = ray.remote(max_retries=RETRIES, num_cpus=1.0)(call_without_gpu)
+        prepared = (prepare.remote(name_of(first), task) for task in itertools.chain(head, waiting))  # an actor gets what a reference names
+        yield from map_on_actors(ray, room(ray.nodes(), wanted), wanted, name_of(second), prepared, functools.partial(self._get, ray))
 
     @staticmethod
-    def _in_order(ray: Any, submit: Callable[[Any], Any], tasks: Iterator[Any], in_flight: int) -> Iterator[Any]:
-        """Results of `submit(task)` in the order of the tasks, `in_flight` of them under way."""
-        running = collections.deque(submit(task) for task in itertools.islice(tasks, in_flight))
+    def _get(ray: Any, reference: Any) -> Any:
         try:
-            while running:
-                try:
-                    result = ray.get(running[0])
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from None
-                except ray.exceptions.RayError as error:
-                    raise ExecutorError(
-                        f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is "
-                        "safe; run again"
-                    ) from error
-                running.popleft()
-                for task in itertools.islice(tasks, 1):
-                    running.append(submit(task))
-                yield result
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayError as error:
+            raise ExecutorError(
+                f"a Ray worker was lost for good after three retries ({type(error).__name__}). What was committed is safe; run again"
+            ) from error
 
     @staticmethod
     def _refuse_unfit(ray: Any, wanted: dict[str, float]) -> None:
         have = ray.cluster_resources()
-        for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        for key, name in RESOURCES.items():
             if wanted.get(key, 0) > have.get(name, 0):
                 raise ExecutorError(
                     f"the Ray cluster offers {have.get(name, 0):g} {name}, a task needs {wanted[key]:g}: add nodes or lower the request"
                 )
+        if not room(ray.nodes(), wanted):
+            said = " and ".join(f"{wanted[key]:g} {name}" for key, name in RESOURCES.items() if wanted.get(key))
+            raise ExecutorError(f"no single node of the Ray cluster offers {said}, which one task needs: add a larger node or lower the request")
 
     def _start(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -273,31 +268,8 @@ def _refuse_silent_cluster(address: str) -> None:
         ) from None
 
 
-def _name(function: Callable[[Any], Any]) -> tuple[tuple[str, str], ...]:
-    """Where workers find a function, or the functions that are chained to one."""
-    parts = function.args if isinstance(function, functools.partial) else (function,)
-    return tuple((part.__module__, part.__qualname__) for part in parts)
-
-
-def _call(names: tuple[tuple[str, str], ...], task: Any) -> Any:
-    """Runs on a Ray worker. Functions go by name, so their modules (and models cached in them) are imported once per worker."""
-    for module, qualified_name in names:
-        target: Any = importlib.import_module(module)
-        for part in qualified_name.split("."):
-            target = getattr(target, part)
-        task = target(task)
-    return task
-
-
 def _chained(first: Callable[[Any], Any], second: Callable[[Any], Any], task: Any) -> Any:
     return second(first(task))
-
-
-class _Stage:
-    """The second stage on Ray: one process that keeps its model."""
-
-    def run(self, names: tuple[tuple[str, str], ...], task: Any) -> Any:
-        return _call(names, task)
 
 
 def local(workers: int = 1) -> LocalExecutor:

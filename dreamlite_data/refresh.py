@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from dreamlite_data import downloads, sources
 from dreamlite_data.comparisons import COMPARISONS
+from dreamlite_data.cutout_licences import record_cutouts
 from dreamlite_data.executors import Executor, from_settings
 from dreamlite_data.faults import fault_report
 from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
@@ -35,6 +36,7 @@ from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
 from dreamlite_data.sources.base import DigestCache, Unit
+from dreamlite_data.steering import plan_edits
 from dreamlite_data.taxonomy import record_taxonomy
 
 __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
@@ -214,7 +216,12 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
     record_taxonomy(lake)
     active = forget_unused_routes(lake, settings)
     if name == "edit":
-        return (*(route for route in active if route != "edit_pairs"), "quality", "duplicates")
+        if "edit_composite" in active:
+            digests = DigestCache(_folder(lake) / "digests.json")
+            record_cutouts(lake, settings.composite, digests)
+            digests.save()
+        plan = ("edit_plan",) if settings.quotas.steer else ()
+        return (*plan, *(route for route in active if route != "edit_pairs"), "quality", "duplicates")
     pairs = ("edit_pairs", "verify_edit") * (1 + settings.edit_pairs.composed) if "edit_pairs" in active else ()
     return ("verify_edit", *pairs, "verify_triplet")
 
@@ -222,6 +229,8 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
 def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
     if name in INSPECTIONS:
         return inspect(lake, settings, executor, name)
+    if name == "edit_plan":
+        return plan_edits(lake, settings)
     if name in COMPARISONS:
         return COMPARISONS[name](lake, settings)
     return measure_pending(lake, _measurement(lake, settings, name), executor, settings.ingest.rows_per_task)
@@ -302,6 +311,8 @@ def policy_parameters(lake: Lake, settings: RefreshSettings, seed: int) -> dict[
         "sources": [source.name for source in source_list(lake, settings, seed)],
         "seed": str(seed),
         "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
+        "quotas": settings.quotas.read().as_parameter() if settings.quotas.cap else None,
+        "quota_rows": settings.quotas.cap_rows,
     }
     if settings.scenes.fault_share == 0:
         parameters["allow_unanimous"] = ("*",)  # nothing is broken, so filters have nothing to find

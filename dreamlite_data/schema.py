@@ -33,6 +33,9 @@ CONTENT: dict[str, pa.Schema] = {
     ),
     # Where an edit belongs, as a 1-bit PNG of the target's size; origin is the route or source that knows.
     "edit_masks": _schema(edit_id=ID, mask_png=pa.binary(), mask_fraction=pa.float32(), origin=ID),
+    # The cut-outs in a composite's pictures, by the sha256 of their files; and what is known of each cut-out.
+    "edit_parts": _schema(edit_id=ID, cutout_ids=pa.list_(pa.string())),
+    "cutouts": _schema(cutout_id=ID, name=ID, origin=ID, licence=ID, url=ID),
     # Two results of one instruction, compared by people. Follow and quality keep the provider's own scale.
     "preferences": _schema(
         preference_id=ID, source_image_id=ID, left_image_id=ID, right_image_id=ID, instruction=pa.string(), edit_type=ID,
@@ -85,6 +88,10 @@ OPERATORS: dict[str, pa.Schema] = {
     ),
     # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
     "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
+    # Only where quotas steer: the types (level1/level2) that each route shall make of an image.
+    "op_edit_plan": _schema(
+        subject_id=ID, op_version=ID, exact=pa.list_(pa.string()), composite=pa.list_(pa.string()), model=pa.list_(pa.string()), error=pa.string()
+    ),
     "op_caption": _schema(
         subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
         reason=pa.string(), error=pa.string(),
@@ -180,7 +187,10 @@ GOVERNANCE: dict[str, pa.Schema] = {
 
 TABLES: dict[str, pa.Schema] = {**CONTENT, **OPERATORS, **DATASETS, **TRACKING, **GOVERNANCE}
 
-CONTENT_KEYS = {"images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id"}
+CONTENT_KEYS = {
+    "images": "image_id", "captions": "caption_id", "edits": "edit_id", "instructions": "instruction_id", "edit_masks": "edit_id",
+    "edit_parts": "edit_id",
+}  # fmt: skip
 """Tables in which a row is stored once however often a source brings it."""
 
 MEASURED_AT_INGEST = frozenset({"op_quality"})

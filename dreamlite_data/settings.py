@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from dreamlite_data.quotas import Quotas
 
 
 class StrictSettings(BaseModel):
@@ -50,11 +54,20 @@ class PhotosSettings(StrictSettings):
 
 class CompositeSettings(StrictSettings):
     """Edits made by pasting cut-outs onto photos: `per_image` of each photo (0: none), with the way back. `cutouts` is a folder of
-    PNG files with alpha and .txt captions; without it shapes are drawn."""
+    PNG files with alpha and .txt captions, under the `licence` and from the `origin` given here or in a .json beside each; without
+    it shapes are drawn."""
 
     cutouts: Path | None = None
+    licence: str | None = None
+    origin: str | None = None
     per_image: int = Field(0, ge=0, le=7)
     inverse: bool = True
+
+    @model_validator(mode="after")
+    def _says_it_of_a_folder(self) -> CompositeSettings:
+        if self.cutouts is None and (self.licence or self.origin):
+            raise ValueError("refresh.composite.licence and origin are of a folder of cut-outs: give cutouts too, or leave them out")
+        return self
 
 
 class EditModelSettings(StrictSettings):
@@ -89,6 +102,32 @@ class EditPairsSettings(StrictSettings):
 
     inverse: bool = False
     composed: bool = False
+
+
+class QuotaSettings(StrictSettings):
+    """How much of each edit type is wanted: the shares of a packaged `mix`, or `shares` of one's own over types of the taxonomy ("object",
+    or "object/add"), which sum to 1. `steer` aims the draws of edits of photos at them; `cap` keeps, when a dataset version is made, of each
+    type no more than its share of `cap_rows` (null: of the rows that pass every rule)."""
+
+    mix: str = "dreamlite"
+    shares: dict[str, float] = Field(default_factory=dict)
+    steer: bool = False
+    cap: bool = False
+    cap_rows: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> QuotaSettings:
+        if self.shares or self.mix != "dreamlite":
+            self.read()
+        if self.shares and self.mix != "dreamlite":
+            raise ValueError("refresh.quotas has both a mix and shares of its own: leave one of them out")
+        return self
+
+    def read(self) -> Quotas:
+        """The quotas that are meant. Raises QuotaError."""
+        from dreamlite_data.quotas import read_quotas
+
+        return read_quotas(self.shares or self.mix)
 
 
 class DownloadSettings(StrictSettings):
@@ -212,6 +251,8 @@ class PolicySettings(StrictSettings):
     sft_share: float = Field(0.35, gt=0, le=1)
     rl_rows_per_task: int = Field(4000, ge=1)
     heldout_share: float = Field(0.05, ge=0, lt=1)
+    splits: dict[str, float] = Field(default_factory=dict)
+    """Names and shares of the splits, instead of train and heldout: {train: 0.9, validation: 0.05, test: 0.05}."""
     min_similarity: float | None = Field(None, gt=0, le=1)
     max_nsfw: float | None = Field(None, gt=0, lt=1)
     max_face_fraction: float | None = Field(None, gt=0, lt=1)
@@ -220,6 +261,37 @@ class PolicySettings(StrictSettings):
     allow_unanimous: tuple[str, ...] = ()
     """Rules ("dataset.rule", or "*") that may pass or reject every row without that being an error."""
 
+    @model_validator(mode="after")
+    def _splits_are_whole(self) -> PolicySettings:
+        if not self.splits:
+            return self
+        said = ", ".join(f"{name} {share:g}" for name, share in self.splits.items())
+        wrong = [name for name in self.splits if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name)]
+        if wrong:
+            raise ValueError(f"refresh.policy.splits: a split cannot be called {wrong[0]!r}: lower-case letters, digits and underscores")
+        if "train" not in self.splits or len(self.splits) < 2:
+            near = difflib.get_close_matches("train", self.splits, n=1)
+            hint = f"; did you mean 'train' by {near[0]!r}?" if near and near[0] != "train" else ""
+            raise ValueError(f"refresh.policy.splits ({said}) needs 'train', which the stages learn from, and another to judge them on{hint}")
+        if any(share <= 0 for share in self.splits.values()) or abs(sum(self.splits.values()) - 1) > 1e-6:
+            raise ValueError(f"refresh.policy.splits ({said}) must be shares above 0 that sum to 1; they sum to {sum(self.splits.values()):g}")
+        if self.heldout_share != type(self).model_fields["heldout_share"].default:
+            raise ValueError("refresh.policy.splits names every split with its share: leave heldout_share out")
+        return self
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits of every dataset version, in the order of the settings."""
+        return tuple(self.splits) or ("train", "heldout")
+
+
+def _whole_above_one(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("a model takes a part of one GPU (0.5), or whole ones")
+    return value
+
+
+GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""GPUs of each worker that runs a model. With 0 it runs on the CPU; under Ray it then sees no GPU, wherever it runs."""
 
 CaptionStyle = Literal["tag", "short", "medium", "dense"]
 
@@ -243,7 +315,7 @@ class CaptionBackend(StrictSettings):
     attempts: int = Field(3, ge=1, le=10)
     concurrency: int = Field(8, ge=1, le=256)
     tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: GpuShare = 0.0
     batch_images: int = Field(8, ge=1)
 
     @model_validator(mode="after")
@@ -270,7 +342,7 @@ class EmbedSettings(StrictSettings):
 
     model: str | None = None
     revision: str | None = None
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: GpuShare = 0.0
     batch_images: int = Field(16, ge=1)
 
 
@@ -339,6 +411,7 @@ class RefreshSettings(StrictSettings):
     composite: CompositeSettings = CompositeSettings()
     edit_model: EditModelSettings = EditModelSettings()
     edit_pairs: EditPairsSettings = EditPairsSettings()
+    quotas: QuotaSettings = QuotaSettings()
     extra_sources: tuple[ExtraSource, ...] = ()
     downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()
@@ -359,6 +432,24 @@ class RefreshSettings(StrictSettings):
         twice = sorted({f"{name} ({style})" for name, style in names if names.count((name, style)) > 1})
         if twice:
             raise ValueError(f"refresh.captions asks twice for the captions of {', '.join(twice)}: name each model and style once")
+        return self
+
+    @model_validator(mode="after")
+    def _ray_gives_out_the_gpus(self) -> RefreshSettings:
+        if self.executor == "ray" and self.edit_model.device.startswith("cuda:"):
+            raise ValueError(
+                f"refresh.edit_model.device is {self.edit_model.device!r}, but with executor ray each worker is given its own GPU and sees no "
+                "other: write 'cuda'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quotas_have_draws(self) -> RefreshSettings:
+        drawn = self.photos.edits_per_image + self.composite.per_image + (self.edit_model.editor is not None)
+        if self.quotas.steer and not drawn:
+            raise ValueError(
+                "refresh.quotas.steer has nothing to steer: set photos.edits_per_image, composite.per_image or edit_model.editor, or leave steer out"
+            )
         return self
 
     @model_validator(mode="after")

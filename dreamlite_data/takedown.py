@@ -100,12 +100,15 @@ def _doomed(lake: Lake, image_ids: Sequence[str], near: bool) -> _Doomed:
         groups = "SELECT group_id FROM duplicates SEMI JOIN a USING (image_id)"
         members = f"SELECT image_id FROM duplicates WHERE group_id IN ({groups})"
         asked = lake.query(f"SELECT image_id FROM a UNION {members} ORDER BY ALL", a=asked)
-    # What an operator made has no provenance of its own. It goes whichever side of the edit it stands on.
+    # What an operator made has no provenance of its own. It goes whichever side of the edit it stands on, and with the photo that a
+    # route worked on: of a composite both pictures may be made.
     images = lake.query(
-        "WITH RECURSIVE walk(image_id) AS (SELECT image_id FROM a UNION "
-        "SELECT CASE WHEN e.source_image_id = w.image_id THEN e.target_image_id ELSE e.source_image_id END AS other FROM walk w "
-        "JOIN edits e ON coalesce(e.route, '') <> 'provider' AND (e.source_image_id = w.image_id OR e.target_image_id = w.image_id) "
-        "WHERE other NOT IN (SELECT image_id FROM provenance)) SELECT image_id FROM walk ORDER BY image_id",
+        "WITH RECURSIVE links AS (SELECT source_image_id AS here, target_image_id AS there FROM edits WHERE coalesce(route, '') <> 'provider' "
+        "UNION ALL SELECT target_image_id, source_image_id FROM edits WHERE coalesce(route, '') <> 'provider' "
+        "UNION ALL SELECT o.subject_id, unnest([e.source_image_id, e.target_image_id]) FROM (SELECT subject_id, unnest(edit_ids) AS edit_id "
+        "FROM op_edit) o JOIN edits e ON e.edit_id = o.edit_id), "
+        "walk(image_id) AS (SELECT image_id FROM a UNION SELECT l.there FROM walk w JOIN links l ON l.here = w.image_id "
+        "WHERE l.there NOT IN (SELECT image_id FROM provenance)) SELECT image_id FROM walk ORDER BY image_id",
         a=asked,
     )
     content = lake.query(

@@ -397,3 +397,9 @@ SELECT e.session_id, e.turn, e.edit_id, e.source_image_id, e.target_image_id, e.
 FROM edits e
 WHERE e.session_id IS NOT NULL AND e.edit_id IN (SELECT edit_id FROM current_ingest)
 ORDER BY e.session_id, e.turn;
+
+-- The cut-outs in the pictures of each composite, with where they are from and their licence as stated.
+CREATE OR REPLACE VIEW edit_cutouts AS
+SELECT p.edit_id, p.cutout_id, c.name, c.origin, c.licence, c.url
+FROM (SELECT edit_id, unnest(cutout_ids) AS cutout_id FROM edit_parts) p
+LEFT JOIN cutouts c ON c.cutout_id = p.cutout_id;

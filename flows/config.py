@@ -63,6 +63,21 @@ class PipelineConfig(BaseModel):
         return self
 
 
+    @model_validator(mode="after")
+    def _judged_on_a_split_that_is_there(self) -> PipelineConfig:
+        names, chosen = self.refresh.policy.split_names(), self.evaluate.split
+        if chosen is not None and (chosen not in names or chosen == "train"):
+            raise ValueError(f"evaluate.split is '{chosen}': judge on a split of refresh.policy.splits beside train: {', '.join(name for name in names if name != 'train')}")
+        return self
+
+    @property
+    def judging(self) -> EvaluateSettings:
+        """How stages are judged, with the split by name: validation where there is one, for a test split is for the end."""
+        names = [name for name in self.refresh.policy.split_names() if name != "train"]
+        by_default = "validation" if "validation" in names else names[0]
+        return self.evaluate.model_copy(update={"split": self.evaluate.split or by_default})
+
+
 def presets() -> list[str]:
     """Names of the presets that ship with the project."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))

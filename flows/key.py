@@ -24,6 +24,7 @@ PLUMBING = frozenset({
     "dreamlite_data.lake",        # stores and finds rows; refresh steps, which read its views, name it themselves
     "dreamlite_data.query_guard",  # refuses user SQL
     "dreamlite_data.executors",   # equal bytes on every executor, by test
+    "dreamlite_data.ray_workers",
     "dreamlite_data.progress",    # prints
 })  # fmt: skip
 """Modules that move bytes but do not make them: their source is in no key, or a mended log line would retrain every stage."""

@@ -65,7 +65,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             config,
             "caption",
             "quality",
-            {"min_side_px": policy.min_side_px, **edit_routes, **_model_specs(settings)},
+            {"min_side_px": policy.min_side_px, **edit_routes, **_model_specs(settings), **_steering(settings)},
             "Caption images, make edit triplets of photos, and measure with the models that the settings name.",
             external=lambda: {
                 **edit_folders(settings), **{model: folder_digest(Path(model)) for model in _model_folders(settings)}
@@ -99,7 +99,10 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
             "curate",
             lambda ctx: _curate(ctx, config),
             code,
-            spec={"policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks]},
+            spec={
+                "policy": spec_of(policy), "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
+                **({"quotas": spec_of(settings.quotas, ("steer",))} if settings.quotas.cap else {}),
+            },  # fmt: skip
             inputs=("score",),
             seed=config.seed,
             alone=VIEWS,
@@ -130,6 +133,11 @@ def _scoring_spec(settings: RefreshSettings) -> dict[str, Any]:
     scoring = settings.scoring
     further = {"further": [spec_of(scorer, ("model",)) for scorer in scoring.further]} if scoring.further else {}
     return further | ({"dtype": scoring.dtype} if scoring.dtype != "float32" else {})
+
+
+def _steering(settings: RefreshSettings) -> dict[str, Any]:
+    """The quotas at which the draws of edits aim, where they do."""
+    return {"quotas": spec_of(settings.quotas, ("cap", "cap_rows"))} if settings.quotas.steer else {}
 
 
 def _model_folders(settings: RefreshSettings) -> list[str]:

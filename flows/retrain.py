@@ -100,7 +100,7 @@ def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None
 
         use_threads(config.exec.threads)
         rows = evaluate_checkpoint(
-            stage, ctx.inputs[stage].path("checkpoint"), config.evaluate, components=components_folder(ctx), lake=ctx.lake,
+            stage, ctx.inputs[stage].path("checkpoint"), config.judging, components=components_folder(ctx), lake=ctx.lake,
             datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory,
             teacher=ctx.inputs[teacher].path("checkpoint") if teacher else None,
         )  # fmt: skip
@@ -112,7 +112,7 @@ def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None
         run,
         ("trainers.evaluate", "trainers.inference", "trainers.data", "dreamlite_data.rewards"),
         alone=DISPATCH,
-        spec=spec_of(config.evaluate),
+        spec=spec_of(config.judging),
         seed=config.seed,
         inputs=("components", f"{stage}:checkpoint", *([f"{teacher}:checkpoint"] if teacher else []), *(f"curate:{name}" for name in HELDOUT)),
         about=f"Judge the checkpoint of '{stage}' on held-out prompts and edits.",
@@ -164,8 +164,7 @@ def calibration_rows(ctx: StepContext, count: int) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for name, version in dataset_versions(ctx, HELDOUT).items():
-        table = open_dataset(ctx.lake, name, version).rows.to_pylist()
-        train = sorted((row for row in table if row["split"] == "train"), key=lambda row: row["row_id"])[: 2 * count]
+        train = sorted(open_dataset(ctx.lake, name, version).split("train").to_pylist(), key=lambda row: row["row_id"])[: 2 * count]
         images = read_images(ctx.lake, [row["source_image_id"] for row in train if row["task"] == "edit"])
         rows += [{"task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])} for row in train]
     return rows

@@ -219,19 +219,13 @@ class TrainingRows:
 def read_rows(
     lake: Lake, datasets: Sequence[tuple[str, int | None]], *, split: str, limit: int | None = None
 ) -> list[Row]:
-    """Rows of one split, in dataset order; raises ValueError where a dataset has none."""
+    """Rows of one split, in dataset order; raises DatasetError where a dataset has none."""
     rows: list[Row] = []
     for name, version in datasets:
         dataset = open_dataset(lake, name, version)
         dataset.require(["row_id", "task", "image_id", "text", "split"])
         columns = [field.name for field in dataclasses.fields(Row)]
-        found = [
-            Row(**{column: record[column] for column in columns})
-            for record in dataset.rows.to_pylist()
-            if record["split"] == split
-        ]
-        if not found:
-            raise ValueError(f"dataset {name}@{dataset.version} has no rows in split {split!r}: refresh more rows or loosen its policy")
+        found = [Row(**{column: record[column] for column in columns}) for record in dataset.split(split).to_pylist()]
         rows += found[:limit] if limit else found
     return rows
 

@@ -155,4 +155,5 @@ class EvaluateSettings(StrictSettings):
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
     velocity_rows: int = Field(256, gt=0)
+    split: str | None = Field(None, description="split of the datasets to judge on; null: validation, or the first beside train")
     seed: int = 20_260_328

@@ -134,7 +134,7 @@ def evaluate_checkpoint(
         rows = TrainingRows(
             lake,
             [(name, datasets[name]) for name in ("t2i", "edit")],
-            split="heldout",
+            split=settings.split or "heldout",
             vae=sampler.vae,
             encoder=sampler.encoder,
             components_digest=encoders_digest(components),

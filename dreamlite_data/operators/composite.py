@@ -4,7 +4,7 @@ Everything is drawn from (image id, cut-out ids, operation), so the same photo a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -300,7 +300,7 @@ class CompositeInstructor:
     def __init__(self, cutouts: CutOuts) -> None:
         self.cutouts, self.digest = cutouts, cutouts.digest
 
-    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]:
+    def requests(self, pixels: Pixels, image_id: str, wanted: Sequence[str] = ()) -> Iterable[Request]:
         for operation in shuffled(list(OPERATIONS), "composite", image_id):
             composition = OPERATIONS[operation](draw_things(operation, image_id, self.cutouts))
             yield said(operation, list(composition.forms), operation, image_id, plan=composition)
@@ -313,7 +313,7 @@ class CompositeEditor:
 
     def __init__(self, cutouts: CutOuts, inverse: bool = True) -> None:
         self.cutouts, self.inverse = cutouts, inverse
-        self.digest = f"{cutouts.digest} {'with inverse' if inverse else 'forward'}"
+        self.digest = f"{cutouts.digest} {'with inverse' if inverse else 'forward'} with parts"
 
     def tries(self, pixels: Pixels, image_id: str, request: Request) -> list[Try]:
         plan: Composition = request.plan
@@ -326,10 +326,11 @@ class CompositeEditor:
             return []
         # A picture with nothing on it is the photo itself, and is not stored twice.
         kept_source, kept_target = source if plan.before else None, target if plan.after else None
-        found = [Try(request, kept_target, kept_source, mask)]
+        parts = tuple(sorted({self.cutouts.content_id(thing.item) for thing in (*plan.before, *plan.after)}))
+        found = [Try(request, kept_target, kept_source, mask, parts=parts)]
         if self.inverse and plan.inverse_forms is not None:
             back = said(plan.inverse_operation, list(plan.inverse_forms), "inverse", plan.operation, image_id)
-            found.append(Try(back, kept_source, kept_target, mask, relation="inverse"))
+            found.append(Try(back, kept_source, kept_target, mask, relation="inverse", parts=parts))
         return found
 
 

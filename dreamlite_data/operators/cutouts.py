@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import re
@@ -48,12 +49,14 @@ class CutOut:
 
 class CutOuts(Protocol):
     """A set of cut-outs. `digest` names its content; `pixels` gives straight RGBA, uint8 [H, W, 4], cropped to what shows.
-    It raises CutOutError for a file that turns out broken."""
+    It raises CutOutError for a file that turns out broken. `content_id` names a cut-out wherever it lies."""
 
     digest: str
     items: tuple[CutOut, ...]
 
     def pixels(self, item: CutOut) -> np.ndarray: ...
+
+    def content_id(self, item: CutOut) -> str: ...
 
 
 # --- from a folder ---------------------------------------------------------------------------------------------------
@@ -80,6 +83,10 @@ class CutOutFolder:
 
     def pixels(self, item: CutOut) -> np.ndarray:
         return _decode(self.root / item.cutout_id)
+
+    def content_id(self, item: CutOut) -> str:
+        """sha256 of the file."""
+        return _sha256(self.root / item.cutout_id)
 
 
 def png_files(root: Path) -> list[Path]:
@@ -124,6 +131,12 @@ def _name_in(file: Path) -> tuple[str, str | None]:
         raise CutOutError("neither its caption nor its file name says in a few words what it is")
     colour = words[0] if words[0] in COLOURS and len(words) > 1 else None
     return " ".join(words[1:] if colour else words), colour
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
@@ -192,6 +205,10 @@ class DrawnCutOuts:
 
     def pixels(self, item: CutOut) -> np.ndarray:
         return _drawn(item.noun, str(item.colour))
+
+    def content_id(self, item: CutOut) -> str:
+        """Its name: the digest of this module's drawings says the rest."""
+        return item.cutout_id
 
 
 @functools.lru_cache(maxsize=512)

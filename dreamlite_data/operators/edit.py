@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from dreamlite_data.operators.draw import pick, shuffled
 from dreamlite_data.operators.exact import OPERATIONS, Operation, Pixels, Words
 from dreamlite_data.operators.ingest import edit_id
 from dreamlite_data.operators.ingest_rows import instruction_id
+from dreamlite_data.taxonomy import load_taxonomy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Request:
 class Try:
     """One triplet made for a request. None for `source` or `target` is the subject image itself; `mask`, bool [H, W], is
     where the edit belongs, where the route knows; `relation` is '' or 'inverse' (of the try before it); `reject_reason`
-    says why it is a negative."""
+    says why it is a negative; `parts` are the cut-outs in the pictures."""
 
     request: Request
     target: Pixels | None
@@ -53,16 +54,17 @@ class Try:
     mask: np.ndarray | None = None
     relation: str = ""
     reject_reason: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 class Instructor(Protocol):
     """Says what to ask for, in order of preference. `digest` names weights or data behind it. One with a model has a method
-    `prepare()` that loads it, as may an editor."""
+    `prepare()` that loads it, as may an editor. `wanted` are the only types (level1/level2) that will be taken, where a plan says so."""
 
     name: str
     digest: str
 
-    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]: ...
+    def requests(self, pixels: Pixels, image_id: str, wanted: Sequence[str] = ()) -> Iterable[Request]: ...
 
 
 class Editor(Protocol):
@@ -85,7 +87,7 @@ class ExactInstructor:
     name = "exact"
     digest = "templates"
 
-    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]:
+    def requests(self, pixels: Pixels, image_id: str, wanted: Sequence[str] = ()) -> Iterable[Request]:
         for operation in shuffled(list(OPERATIONS.values()), "exact", image_id):
             if operation.fits(pixels):
                 yield exact_request(operation, operation.words, image_id)
@@ -118,29 +120,31 @@ class ExactEditor:
 
 
 class Edit:
-    """Operator over photos: makes `count` accepted triplets of each. Pictures become images, triplets rows of `edits`,
-    their wordings rows of `instructions`, known masks rows of `edit_masks`."""
+    """Operator over photos: makes `count` accepted triplets of each or, by a `plan` (its op_version), one of each type in the row's
+    `wanted`. Pictures become images, triplets rows of `edits`, their wordings rows of `instructions`, known masks rows of `edit_masks`,
+    cut-outs in them rows of `edit_parts`."""
 
     version = 2
-    reads = ("image_id", "bytes")
     table = "op_edit"
     schema = schema.OPERATORS["op_edit"]
 
     def __init__(
-        self, count: int, instructor: Instructor | None = None, editor: Editor | None = None, name: str = "edit", gpus: float = 0.0
-    ) -> None:
+        self, count: int, instructor: Instructor | None = None, editor: Editor | None = None, name: str = "edit", gpus: float = 0.0,
+        plan: str = "",
+    ) -> None:  # fmt: skip
         self.count, self.instructor, self.editor = count, instructor or ExactInstructor(), editor or ExactEditor()
         self.name, self.resources = name, {"num_cpus": 1.0} | ({"num_gpus": gpus} if gpus else {})
+        self.plan, self.reads = plan, ("image_id", "bytes", *(["wanted"] if plan else []))
         self._rows: dict[str, dict[str, dict[str, Any]]] = {}
 
     def config(self) -> dict[str, Any]:
         return {
             "count": self.count, "instructor": self.instructor.name, "editor": self.editor.name,
-            "instructor_digest": self.instructor.digest, "editor_digest": self.editor.digest,
+            "instructor_digest": self.instructor.digest, "editor_digest": self.editor.digest, **({"plan": self.plan} if self.plan else {}),
         }  # fmt: skip
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks")}
+        self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks", "edit_parts")}
         for part in (self.instructor, self.editor):
             if hasattr(part, "prepare"):
                 part.prepare()  # a model that is not there is the user's mistake, not a bad row: it must end the run
@@ -150,15 +154,33 @@ class Edit:
         pixels, image_id = decode_stored(row["bytes"]), row["image_id"]
         made: list[str] = []
         accepted = 0
-        for request in self.instructor.requests(pixels, image_id):
-            if accepted == self.count:
-                break
-            parent = None
-            for attempt in self.editor.tries(pixels, image_id, request):
-                parent = self._store(attempt, image_id, parent)
-                made.append(parent)
-                accepted += attempt.reject_reason is None and attempt.relation == ""
+        if self.plan:
+            requests = list(self.instructor.requests(pixels, image_id, row["wanted"]))
+            for kind in row["wanted"]:
+                accepted += self._first_of_kind(kind, requests, pixels, image_id, made)
+        else:
+            for request in self.instructor.requests(pixels, image_id):
+                if accepted == self.count:
+                    break
+                accepted += self._make(request, pixels, image_id, made)
         return {"edits": accepted, "edit_ids": sorted(set(made))}
+
+    def _first_of_kind(self, kind: str, requests: list[Request], pixels: Pixels, image_id: str, made: list[str]) -> int:
+        """Follow the first request of a type that comes to something; it, and those that did not, are then used up."""
+        for request in [one for one in requests if str(load_taxonomy().edit_type(one.edit_type, self.editor.name)) == kind]:
+            requests.remove(request)
+            if accepted := self._make(request, pixels, image_id, made):
+                return accepted
+        return 0
+
+    def _make(self, request: Request, pixels: Pixels, image_id: str, made: list[str]) -> int:
+        """Store the tries for a request, add their ids to `made`; returns how many are accepted and no way back."""
+        parent, accepted = None, 0
+        for attempt in self.editor.tries(pixels, image_id, request):
+            parent = self._store(attempt, image_id, parent)
+            made.append(parent)
+            accepted += attempt.reject_reason is None and attempt.relation == ""
+        return accepted
 
     def _store(self, attempt: Try, image_id: str, before: str | None) -> str:
         source_id = image_id if attempt.source is None else self._image(attempt.source)
@@ -176,6 +198,8 @@ class Edit:
             self._rows["edit_masks"].setdefault(identity, {
                 "edit_id": identity, "mask_png": encode_mask(attempt.mask), "mask_fraction": float(attempt.mask.mean()), "origin": self.editor.name,
             })  # fmt: skip
+        if attempt.parts:
+            self._rows["edit_parts"].setdefault(identity, {"edit_id": identity, "cutout_ids": list(attempt.parts)})
         return identity
 
     def _image(self, pixels: Pixels) -> str:

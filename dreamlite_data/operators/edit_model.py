@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class EditModelError(RuntimeError):
     """A model cannot be used as it is configured; the message says which folder and why."""
 
 
+def _prompt_id(prompt: str) -> str:
+    return f"vlm/{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
+
+
 class VlmInstructor:
     """An image-text-to-text model of transformers by folder. Its answer is read line by line; each line that is a sentence of
     sensible length is a request, with the type it names, or unmapped."""
@@ -44,25 +48,28 @@ class VlmInstructor:
         self.folder, self.count, self.max_new_tokens, self.device = str(folder), count, max_new_tokens, device
         types = ", ".join(sorted({level2 for names in load_taxonomy().levels.values() for level2 in names}))
         self.prompt = PROMPT.format(count=count, types=types)
-        self.prompt_id = f"vlm/{hashlib.sha256(self.prompt.encode()).hexdigest()[:12]}"
+        self.prompt_id = _prompt_id(self.prompt)
         self.digest = f"{weights} {self.prompt_id} {max_new_tokens}"
 
     def prepare(self) -> None:
         """Load the model; raises EditModelError where there is none."""
         _vlm(self.folder, self.device)
 
-    def requests(self, pixels: Pixels, image_id: str) -> Iterable[Request]:
-        for edit_type, words in parse_proposals(self.answer(pixels))[: self.count]:
-            form = Form("long" if len(words.split()) > 12 else "short", words, self.prompt_id)
+    def requests(self, pixels: Pixels, image_id: str, wanted: Sequence[str] = ()) -> Iterable[Request]:
+        count, prompt = self.count, self.prompt
+        if wanted:  # by a plan: only these types are asked for, for no other would be taken
+            count, prompt = len(wanted), PROMPT.format(count=len(wanted), types=", ".join(sorted(set(wanted))))
+        for edit_type, words in parse_proposals(self.answer(pixels, prompt))[:count]:
+            form = Form("long" if len(words.split()) > 12 else "short", words, _prompt_id(prompt))
             yield Request(edit_type, words, (form,))
 
-    def answer(self, pixels: Pixels) -> str:
-        """What the model says to the prompt, decoded greedily: equal pictures give equal words."""
+    def answer(self, pixels: Pixels, prompt: str | None = None) -> str:
+        """What the model says to the prompt (by default its own), decoded greedily: equal pictures give equal words."""
         import torch
 
         model, processor = _vlm(self.folder, self.device)
         image = {"type": "image", "image": Image.fromarray(pixels)}
-        messages = [{"role": "user", "content": [image, {"type": "text", "text": self.prompt}]}]
+        messages = [{"role": "user", "content": [image, {"type": "text", "text": prompt or self.prompt}]}]
         with worker_threads(), torch.inference_mode():
             inputs = processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

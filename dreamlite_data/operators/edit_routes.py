@@ -6,9 +6,11 @@ from __future__ import annotations
 import functools
 
 from dreamlite_data.lake import Lake
+from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.composite import CompositeEditor, CompositeInstructor, open_cutouts
 from dreamlite_data.operators.cutouts import folder_digest
 from dreamlite_data.operators.edit import Edit, ExactEditor, ExactInstructor
+from dreamlite_data.operators.edit_plan import EditPlan
 from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, Pairs
 from dreamlite_data.operators.run import Measurement, make_current
 from dreamlite_data.settings import EditModelSettings, RefreshSettings
@@ -17,6 +19,8 @@ from dreamlite_data.weights import weights_digest
 
 ROUTES = ("edit", "edit_composite", "edit_model", "edit_pairs")
 """Names of the operators, in the order in which they run."""
+PLANNED_ROUTES = {"exact": "edit", "composite": "edit_composite", "model": "edit_model"}
+"""The routes that quotas steer: the column of a plan, and the operator that follows it."""
 OFF = "off"
 
 
@@ -47,19 +51,20 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
         parts = [INVERSE_SUBJECTS] * settings.edit_pairs.inverse + [COMPOSED_SUBJECTS] * settings.edit_pairs.composed
         subjects = " UNION ALL ".join(f"SELECT * FROM ({part})" for part in parts)
         return Measurement(functools.partial(Pairs, settings.edit_pairs.composed), subjects)
-    images = (
-        "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
-        f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
-    )
+    images, plan = photo_subjects(settings), ""
+    if settings.quotas.steer:
+        plan = op_version(EditPlan.of(settings))
+        images = planned_subjects(images, name, plan)
+    elif name == "edit" and not settings.photos.edits_per_image:
+        images += " AND false"
     if name == "edit":
-        if not settings.photos.edits_per_image:
-            images += " AND false"
-        return Measurement(functools.partial(exact_route, settings.photos.edits_per_image, settings.photos.inverse_edits), images, {"bytes": "image_id"})
+        make = functools.partial(exact_route, settings.photos.edits_per_image, settings.photos.inverse_edits, plan)
+        return Measurement(make, images, {"bytes": "image_id"})
     digests = DigestCache(lake.files / "sources" / "digests.sqlite")
     if name == "edit_composite":
         folder = settings.composite.cutouts
         digest = folder_digest(folder, digests) if folder else ""
-        make = functools.partial(composite_route, settings.composite.per_image, str(folder) if folder else None, digest, settings.composite.inverse)
+        make = functools.partial(composite_route, settings.composite.per_image, str(folder) if folder else None, digest, settings.composite.inverse, plan)
     else:
         models = settings.edit_model
         folders = {part: path for part in ("instructor", "editor", "reward") if (path := getattr(models, part)) is not None}
@@ -67,23 +72,40 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
         if lost:
             raise FileNotFoundError(f"there is no model folder at {', '.join(lost)}: correct the path or mount it")
         weights = {part: weights_digest(str(path), None, digests, f"refresh.edit_model.{part}") for part, path in folders.items()}
-        make = functools.partial(model_route, models, weights)
+        make = functools.partial(model_route, models, weights, plan)
     digests.save()
     return Measurement(make, images, {"bytes": "image_id"})
 
 
-def exact_route(count: int, inverse: bool) -> Edit:
+def photo_subjects(settings: RefreshSettings) -> str:
+    """SQL for the pictures that routes start from, image_id."""
+    return (
+        "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
+        f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
+    )
+
+
+def planned_subjects(images: str, name: str, plan: str) -> str:
+    """SQL for those of `images` of which the plan asks this route for anything: image_id and `wanted`, the types."""
+    route = next(route for route, operator in PLANNED_ROUTES.items() if operator == name)
+    return (
+        f"SELECT i.image_id, p.{route} AS wanted FROM ({images}) i JOIN op_edit_plan p ON p.subject_id = i.image_id "
+        f"WHERE p.op_version = '{plan}' AND len(p.{route}) > 0"
+    )
+
+
+def exact_route(count: int, inverse: bool, plan: str = "") -> Edit:
     """Exact operations, with no weights."""
-    return Edit(count, ExactInstructor(), ExactEditor(inverse))
+    return Edit(count, ExactInstructor(), ExactEditor(inverse), plan=plan)
 
 
-def composite_route(count: int, folder: str | None, digest: str, inverse: bool) -> Edit:
+def composite_route(count: int, folder: str | None, digest: str, inverse: bool, plan: str = "") -> Edit:
     """Cut-outs pasted onto the picture."""
     cutouts = open_cutouts(folder, digest)
-    return Edit(count, CompositeInstructor(cutouts), CompositeEditor(cutouts, inverse), "edit_composite")
+    return Edit(count, CompositeInstructor(cutouts), CompositeEditor(cutouts, inverse), "edit_composite", plan=plan)
 
 
-def model_route(settings: EditModelSettings, digests: dict[str, str]) -> Edit:
+def model_route(settings: EditModelSettings, digests: dict[str, str], plan: str = "") -> Edit:
     """A vision-language model that proposes and a diffusion pipeline that edits. Nothing is loaded before the first picture."""
     from dreamlite_data.operators.edit_model import PipelineEditor, VlmInstructor
 
@@ -92,4 +114,4 @@ def model_route(settings: EditModelSettings, digests: dict[str, str]) -> Edit:
         settings.editor, digests["editor"], settings.tries, settings.inference_steps, settings.device,
         settings.reward, digests.get("reward", ""), settings.min_reward,
     )  # fmt: skip
-    return Edit(settings.per_image, instructor, editor, "edit_model", gpus=float(settings.device.startswith("cuda")))
+    return Edit(settings.per_image, instructor, editor, "edit_model", float(settings.device.startswith("cuda")), plan)

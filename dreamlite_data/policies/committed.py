@@ -13,6 +13,7 @@ from typing import Any
 
 from dreamlite_data.lake import Lake, LakeError
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, PolicyError, parameters_of, read_policy
+from dreamlite_data.policies.quota import check_columns
 
 _NO_COLUMN = re.compile(r'(?:Referenced column|column named|does not have a column named) "([^"]+)"')
 _NO_TABLE = re.compile(r"Table with name (\S+) does not exist")
@@ -65,7 +66,7 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
     """Refuse (PolicyError) a block that is not one SELECT or not one expression, that would write or look outside the lake, or
     that names a column or table which is not there. The same blocks then have nothing else to bind to on any connection.
     Returns the columns of the candidates."""
-    _check_candidates_alone(lake, policy, where)
+    _check_one_select(lake, policy.candidates, "candidates", where)
     try:
         columns = lake.query_read_only(f"SELECT * FROM ({policy.candidates}\n) LIMIT 0", _only(parameters, policy.candidates)).column_names
     except LakeError as error:
@@ -86,7 +87,18 @@ def check_sql(lake: Lake, policy: Policy, parameters: Mapping[str, Any], where: 
             raise PolicyError(f"{where}: the rule {together[0].name}: {_explain(str(error), columns)}") from None
         if len(together) == len(rules):
             break
+    if policy.quota is not None:
+        _check_quota(lake, policy.quota, parameters, where)
     return columns
+
+
+def _check_quota(lake: Lake, body: str, parameters: Mapping[str, Any], where: str) -> None:
+    _check_one_select(lake, body, "quota", where)
+    try:
+        columns = lake.query_read_only(f"SELECT * FROM ({body}\n) LIMIT 0", _only(parameters, body)).column_names
+    except LakeError as error:
+        raise PolicyError(f"{where}: the quota block: {_explain(str(error), _known_names(lake))}") from None
+    check_columns(columns, where)
 
 
 def _only(parameters: Mapping[str, Any], sql: str) -> dict[str, Any]:
@@ -94,10 +106,9 @@ def _only(parameters: Mapping[str, Any], sql: str) -> dict[str, Any]:
     return {name: parameters[name] for name in sorted(parameters_of(sql) & parameters.keys())}
 
 
-def _check_candidates_alone(lake: Lake, policy: Policy, where: str) -> None:
-    statement = _serialised(lake, policy.candidates)
-    if statement is None or _serialised(lake, f"SELECT * FROM ({policy.candidates})") is None:
-        raise PolicyError(f"{where}: '-- @candidates' must hold one SELECT, which may neither write nor end in a comment")
+def _check_one_select(lake: Lake, body: str, block: str, where: str) -> None:
+    if _serialised(lake, body) is None or _serialised(lake, f"SELECT * FROM ({body})") is None:
+        raise PolicyError(f"{where}: '-- @{block}' must hold one SELECT, which may neither write nor end in a comment")
 
 
 def _check_expression(lake: Lake, name: str, body: str, where: str) -> None:

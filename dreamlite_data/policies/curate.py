@@ -16,6 +16,8 @@ from dreamlite_data.lake import Lake, insert
 from dreamlite_data.policies.candidates import candidates_sql
 from dreamlite_data.policies.committed import check_sql, committed_policies
 from dreamlite_data.policies.policy import REQUIRED_COLUMNS, Policy, Rule, parameters_of, read_policy
+from dreamlite_data.policies.quota import cap, refuse_own_use
+from dreamlite_data.policies.splits import with_split
 
 DATASETS = ("t2i", "edit", "photos", "photo_edits", "sft", "rl")
 """In the order in which they are made: later ones draw from earlier ones."""
@@ -34,8 +36,9 @@ class CurationError(RuntimeError):
 def curate(lake: Lake, parameters: dict[str, Any], datasets: tuple[str, ...] = DATASETS) -> list[dict[str, Any]]:
     """Make the current version of each dataset that has candidates; returns name, version, rows, digest of each.
     `parameters` are the policy settings and `sources`, `seed`, `benchmarks` (names); `allow_unanimous` lists rules that may be
-    unanimous. A policy that a user committed stands in for the packaged one of its name, or adds a dataset of its own."""
-    parameters = {"benchmarks": (), **parameters}
+    unanimous; `quotas` and `quota_rows` cap edit types. A policy that a user committed stands in for the packaged one of its name, or
+    adds a dataset of its own."""
+    parameters = {"benchmarks": (), "quotas": None, "quota_rows": None, **parameters}
     made: dict[str, dict[str, Any]] = {}
     committed = committed_policies(lake)
     for name in (*datasets, *(name for name in committed if name not in DATASETS)):
@@ -64,6 +67,7 @@ def drawn_from(policy: Policy) -> tuple[str, ...]:
 def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Table, list[tuple[Rule, int, int]]]:
     """Every candidate with its verdict, sorted by row_id, and per rule how many rows reached it and how many failed there.
     Columns: the candidate's own, verdict, first_rule, rule_position, margin, failed. A null measurement does not pass."""
+    refuse_own_use(policy)
     rules = policy.active(parameters)
     unknown = policy.parameters() - parameters.keys()
     if unknown:
@@ -93,6 +97,9 @@ def judge(lake: Lake, policy: Policy, parameters: dict[str, Any]) -> tuple[pa.Ta
     for rule, rejected in zip(rules, rejected_by, strict=True):
         outcome.append((rule, reached, rejected))
         reached -= rejected
+    if policy.caps(parameters):
+        judged, reached, rejected = cap(lake, policy, judged, parameters, len(rules))
+        outcome.append((policy.stages(parameters)[-1], reached, rejected))
     return judged, outcome
 
 
@@ -142,18 +149,6 @@ def surprises(policy: Policy, outcome: list[tuple[Rule, int, int]], total: int, 
     return found
 
 
-def _with_split(lake: Lake, kept: pa.Table, heldout_share: float) -> pa.Table:
-    """`kept` with the column split: 'heldout' for a share of the groups, by the first 64 bits of the hash of the group's name,
-    so that a picture keeps its side in every dataset and every version. A row without group is one of its own."""
-    split = lake.query(
-        "SELECT CASE WHEN sha256('split:' || coalesce(nullif(group_id, ''), row_id))[:16] < $below THEN 'heldout' ELSE 'train' END AS split "
-        "FROM kept",
-        {"below": f"{int(heldout_share * 2**64):016x}"},
-        kept=kept.select(["group_id", "row_id"]),
-    )
-    return kept.append_column("split", split["split"])
-
-
 def rows_digest(rows: pa.Table) -> str:
     """sha256 over the rows in row_id order: what a dataset version is, apart from its number. Taken column by column over
     blocks of a fixed count, so that neither Python rows nor the chunks of a table come into it."""
@@ -186,7 +181,7 @@ def freeze(
     name = policy.dataset
     kept = judged.filter(pc.equal(judged["verdict"], "keep"))
     if "split" not in kept.column_names:
-        kept = _with_split(lake, kept, parameters["heldout_share"])
+        kept = with_split(lake, kept, parameters)
     rows = schema.conform("dataset_rows", kept.select(ROW_COLUMNS))
     digest, policy_digest = rows_digest(rows), policy.digest(parameters)
     latest = lake.query("SELECT * FROM latest_datasets WHERE name = $name", {"name": name}).to_pylist()
@@ -207,8 +202,8 @@ def freeze(
             "dataset_rows": _labelled("dataset_rows", rows.drop_columns(["name", "version"]), name=name, version=version),
             "policy_rules": schema.rows_table("policy_rules", [
                 {"dataset": name, "version": version, "position": index, "rule": rule.name, "body": rule.body,
-                 "parameters": json.dumps({key: parameters[key] for key in sorted(policy.parameters())})}
-                for index, rule in enumerate(policy.active(parameters))
+                 "parameters": json.dumps(policy.read(parameters))}
+                for index, rule in enumerate(policy.stages(parameters))
             ]),
             "datasets": schema.rows_table("datasets", [{
                 "name": name, "version": version, "digest": digest, "policy_digest": policy_digest, "snapshot": lake.snapshot(),

@@ -52,3 +52,6 @@ $max_face_fraction - face_fraction
 
 -- @rule no_watermark margin when=max_watermark allow=any
 $max_watermark - watermark
+
+-- @quota
+SELECT t.row_id, t.level1, t.level2, r.reward AS score FROM edit_types t JOIN edit_records r ON r.row_id = t.row_id

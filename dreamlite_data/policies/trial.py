@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from dreamlite_data.lake import Lake
 from dreamlite_data.policies.committed import check_sql, committed_policies, store
 from dreamlite_data.policies.curate import CurationError, drawn_from, freeze, judge, surprises
-from dreamlite_data.policies.policy import Policy, PolicyError, Rule, read_policy
+from dreamlite_data.policies.policy import QUOTA_PARAMETERS, Policy, PolicyError, Rule, parameters_of, read_policy
+from dreamlite_data.policies.quota import check_rows, given_quotas
 from dreamlite_data.settings import PolicySettings, RefreshSettings
 
 DATASET_NAME = r"[a-z][a-z0-9_]*"
@@ -146,6 +147,9 @@ def _parameters(lake: Lake, policy: Policy, overrides: dict[str, Any], where: st
             hint = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(sorted(known))}"
             raise PolicyError(f"--set {name}: {where} reads no such parameter; {hint}")
     given = {**overrides, **_checked({name: value for name, value in overrides.items() if name in PolicySettings.model_fields})}
+    if given.get("quotas"):
+        given["quotas"] = given_quotas(given).as_parameter()  # as a mix means today: a committed policy must not follow a later taxonomy
+    check_rows(given.get("quota_rows"))
     merged = {**parameters, **given, **{name: version for name, version in versions.items() if name not in given}}
     unset = sorted(_names(policy) - merged.keys())
     if unset:
@@ -154,8 +158,9 @@ def _parameters(lake: Lake, policy: Policy, overrides: dict[str, Any], where: st
 
 
 def _names(policy: Policy) -> set[str]:
-    """Parameters in the SQL, and those that switch a rule."""
-    return policy.parameters() | {rule.when for rule in policy.rules if rule.when}
+    """Parameters in the SQL, those that switch a rule, and those of quotas."""
+    of_quota = {*QUOTA_PARAMETERS, *parameters_of(policy.quota)} if policy.quota is not None else set()
+    return policy.parameters() | {rule.when for rule in policy.rules if rule.when} | of_quota
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:

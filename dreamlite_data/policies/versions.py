@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from dreamlite_data.dataset import DatasetError, open_dataset
 from dreamlite_data.lake import Lake
+from dreamlite_data.policies.splits import split_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +33,23 @@ class VersionDiff:
 
 
 def list_versions(lake: Lake) -> list[dict[str, Any]]:
-    """Every dataset version: dataset, version, rows, parent, snapshot, policy ('committed' where its newest policy is a user's),
-    digest; newest first within a name."""
-    return lake.query(
+    """Every dataset version: dataset, version, rows, splits ('train 950, heldout 50'), parent, snapshot, policy ('committed' where its
+    newest policy is a user's), digest; newest first within a name."""
+    found = lake.query(
         "WITH own AS (SELECT name, arg_max(coalesce(text, ''), position) <> '' AS held FROM policies GROUP BY name) "
         "SELECT d.name AS dataset, d.version, d.rows, d.parent, d.snapshot, "
         "CASE WHEN o.held AND d.version = max(d.version) OVER (PARTITION BY d.name) THEN 'committed' ELSE '' END AS policy, "
         "d.digest[:12] AS digest FROM datasets d LEFT JOIN own o ON o.name = d.name ORDER BY d.name, d.version DESC"
     ).to_pylist()
+    splits: dict[tuple[str, int], dict[str, int]] = {}
+    for row in lake.query("SELECT name, version, split, count(*) AS n FROM dataset_rows GROUP BY ALL").to_pylist():
+        splits.setdefault((row["name"], row["version"]), {})[str(row["split"])] = row["n"]
+    answer = []
+    for row in found:
+        counts = splits.get((row["dataset"], row["version"]), {})
+        said = ", ".join(f"{split} {counts[split]:,}" for split in sorted(counts, key=split_order))
+        answer.append({"dataset": row["dataset"], "version": row["version"], "rows": row["rows"], "splits": said, **row})
+    return answer
 
 
 def stored_rules(lake: Lake, name: str, version: int | None = None) -> tuple[int, list[dict[str, Any]]]:

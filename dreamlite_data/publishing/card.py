@@ -112,7 +112,8 @@ def _body(lake: Lake, published: PublishedRows, shards: list[Shard], folder: Pat
             ["source", "licence as stated", "rows"],
             [[s or "unknown", stated, f"{n:,}"] for (s, stated), n in sorted(sources.items(), key=str)],
         )
-        + "\n\nEvery row names its licence in `licence`; keep to it for each row you use.",
+        + "\n\nEvery row names its licence in `licence`; keep to it for each row you use."
+        + _pasted(published),
         "## Left out\n\n"
         + (
             _table(["licence", "why", "rows"], [[name, why, f"{n:,}"] for (name, why), n in published.left_out.items()])
@@ -120,6 +121,16 @@ def _body(lake: Lake, published: PublishedRows, shards: list[Shard], folder: Pat
             else "No row of the version was left out for its licence."
         ),
     ]
+
+
+def _pasted(published: PublishedRows) -> str:
+    """The cut-outs in composites, where there are any: `made_of` gives them the credit that their licences ask for."""
+    if not published.pasted:
+        return ""
+    rows = [[origin, stated or "unknown", f"{n:,}"] for (origin, stated), n in published.pasted.items()]
+    return " Composites stand under the strictest of photo and cut-outs; `made_of` names each with its own.\n\n" + _table(
+        ["cut-outs of", "licence as stated", "rows"], rows
+    )
 
 
 def _loading(published: PublishedRows, shards: list[Shard], format_: str) -> str:

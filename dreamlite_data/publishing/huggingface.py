@@ -16,7 +16,7 @@ from dreamlite_data.thumbnails import mask_png
 IMAGE_COLUMNS = ("source_image", "image", "mask")
 _COLUMNS = {
     "generate": ("image", "text"),
-    "edit": ("source_image", "image", "text", "edit_type", "edited_fraction", "mask"),
+    "edit": ("source_image", "image", "text", "edit_type", "edited_fraction", "mask", "made_of"),
 }
 _FACTS = ("row_id", "image_id", "source_image_id", "width", "height", "weight", "source", "url", "licence")
 _KINDS = {"edited_fraction": "float32", "weight": "float32", "width": "int32", "height": "int32"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ import pyarrow.compute as pc
 from dreamlite_data.dataset import Dataset, DatasetError, image_places
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import fetch
-from dreamlite_data.publishing.licences import Licence, find_licence, row_licences, strictest
+from dreamlite_data.policies.splits import split_order
+from dreamlite_data.publishing.licences import Licence, combined, find_licence, row_licences, strictest
+from dreamlite_data.publishing.materials import WALK, row_materials
 
 TASKS = ("generate", "edit")
 SHARD_BYTES = 500 * 10**6
@@ -26,12 +29,15 @@ GROUP_BYTES = 16 * 2**20
 @dataclasses.dataclass(frozen=True)
 class PublishedRows:
     """`rows` are the dataset's columns and licence (as stated, joined by '; '), source, url, width, height, mime of the target and
-    size_bytes of both images; sorted by row_id. `left_out` counts rows by (licence, why). `licences` are those of the kept rows."""
+    size_bytes of both images; sorted by row_id. A composite's licence is the one of the whole, and its made_of says photo and cut-outs
+    with theirs. `left_out` counts rows by (licence, why). `licences` are those of the kept rows, `pasted` counts rows by (origin,
+    licence) of the cut-outs in them."""
 
     dataset: Dataset
     rows: pa.Table
     left_out: dict[tuple[str, str], int]
     licences: list[Licence]
+    pasted: dict[tuple[str, str], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +59,43 @@ class Shard:
 def select_rows(lake: Lake, dataset: Dataset, include_restricted: bool) -> PublishedRows:
     """The rows that may be published. Raises DatasetError where none may."""
     _refuse_unknown_parts(dataset)
-    stated = row_licences(lake, dataset.rows)
-    deciding = [strictest(texts) for texts in stated]
+    stated, materials = row_licences(lake, dataset.rows), row_materials(lake, dataset.rows)
+    deciding = [
+        combined([strictest(texts), *(find_licence(part.licence) for part in parts)]) if parts else strictest(texts)
+        for texts, parts in zip(stated, materials, strict=True)
+    ]
     publish = [include_restricted or licence.publish for licence in deciding]
     left_out: dict[tuple[str, str], int] = {}
     for licence, kept in zip(deciding, publish, strict=True):
         if not kept:
             key = (licence.name, licence.why)
             left_out[key] = left_out.get(key, 0) + 1
-    rows = dataset.rows.append_column(
-        "licence", pa.array(["; ".join(text or "unknown" for text in texts) or "unknown" for texts in stated])
-    )
+    words = ["; ".join(text or "unknown" for text in texts) or "unknown" for texts in stated]
+    rows = dataset.rows.append_column("licence", pa.array([
+        licence.name if parts else text for licence, parts, text in zip(deciding, materials, words, strict=True)
+    ]))  # fmt: skip
+    rows = rows.append_column("made_of", pa.array([
+        "; ".join([f"photo ({text})", *map(str, parts)]) if parts else None for parts, text in zip(materials, words, strict=True)
+    ], pa.string()))  # fmt: skip
     rows = rows.filter(pa.array(publish, pa.bool_()))
     if not len(rows):
         said = ", ".join(f"{n} {name} ({why})" for (name, why), n in sorted(left_out.items()))
         raise DatasetError(
             f"no row of {dataset.name}@{dataset.version} may be published: {said or 'it is empty'}. State the licence of the source "
-            "(refresh.extra_sources[].licence, or 'licence' in its metadata), or add --include-restricted where you hold the rights"
+            "(refresh.extra_sources[].licence, or 'licence' in its metadata; of cut-outs refresh.composite.licence), or add --include-restricted where you hold the rights"
         )
-    kept_texts = [text for texts, kept in zip(stated, publish, strict=True) if kept for text in (texts or [None])]
-    licences = sorted({find_licence(text) for text in kept_texts}, key=lambda licence: licence.name)
-    return PublishedRows(dataset, _with_facts(lake, rows), dict(sorted(left_out.items())), licences)
+    licences = sorted(
+        {
+            licence
+            for texts, parts, decided, kept in zip(stated, materials, deciding, publish, strict=True) if kept
+            for licence in ([decided] if parts else [find_licence(text) for text in (texts or [None])])
+        },
+        key=lambda licence: licence.name,
+    )  # fmt: skip
+    pasted = Counter(
+        found for parts, kept in zip(materials, publish, strict=True) if kept for found in {(part.origin, part.licence) for part in parts}
+    )
+    return PublishedRows(dataset, _with_facts(lake, rows), dict(sorted(left_out.items())), licences, dict(sorted(pasted.items())))
 
 
 def _refuse_unknown_parts(dataset: Dataset) -> None:
@@ -87,21 +109,24 @@ def _refuse_unknown_parts(dataset: Dataset) -> None:
 def _with_facts(lake: Lake, rows: pa.Table) -> pa.Table:
     names = ", ".join(f"r.{name}" for name in rows.column_names)
     return lake.query(
-        "WITH origin AS (SELECT record_id, min(source) AS source, min(url) AS url FROM provenance GROUP BY record_id), "
+        f"WITH RECURSIVE {WALK}, "
+        "walked AS (SELECT w.row_id, min(p.source) AS source FROM walk w JOIN provenance p ON p.image_id = w.image_id GROUP BY w.row_id), "
+        "origin AS (SELECT record_id, min(source) AS source, min(url) AS url FROM provenance GROUP BY record_id), "
         "by_image AS (SELECT image_id, min(source) AS source FROM provenance GROUP BY image_id) "
-        f"SELECT {names}, coalesce(o.source, s.source, t.source) AS source, o.url, i.width, i.height, i.mime, j.mime AS source_mime, "
+        f"SELECT {names}, coalesce(o.source, s.source, t.source, k.source) AS source, o.url, i.width, i.height, i.mime, j.mime AS source_mime, "
         "i.size_bytes + coalesce(j.size_bytes, 0) AS size_bytes "
         "FROM r JOIN images i ON i.image_id = r.image_id LEFT JOIN images j ON j.image_id = r.source_image_id "
         "LEFT JOIN origin o ON o.record_id = split_part(r.row_id, '#', 1) "
-        "LEFT JOIN by_image s ON s.image_id = r.source_image_id LEFT JOIN by_image t ON t.image_id = r.image_id ORDER BY r.row_id",
+        "LEFT JOIN by_image s ON s.image_id = r.source_image_id LEFT JOIN by_image t ON t.image_id = r.image_id "
+        "LEFT JOIN walked k ON k.row_id = r.row_id ORDER BY r.row_id",
         r=rows,
     )
 
 
 def cut_shards(rows: pa.Table, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """The rows by task and split ('train' first), each cut where the images of a shard reach `shard_bytes`."""
+    """The rows by task and split (train, validation, test, others), each cut where the images of a shard reach `shard_bytes`."""
     shards = []
-    splits = sorted(set(rows["split"].to_pylist()), key=lambda name: (name != "train", name))
+    splits = sorted(set(rows["split"].to_pylist()), key=split_order)
     for task in sorted(set(rows["task"].to_pylist())):
         of_task = rows.filter(pc.equal(rows["task"], task))
         for split in splits:

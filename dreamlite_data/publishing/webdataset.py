@@ -31,7 +31,7 @@ def write_tar(lake: Lake, shard: Shard, folder: Path) -> Path:
 
 
 def _members(row: dict[str, Any]) -> dict[str, bytes]:
-    facts = {name: row[name] for name in ("row_id", "licence", "url", "source", "weight", "split") if row[name] is not None}
+    facts = {name: row[name] for name in ("row_id", "licence", "url", "source", "weight", "split", "made_of") if row[name] is not None}
     image = SUFFIXES[row["mime"]]
     if row["task"] != "edit":
         words = {"txt": row["text"].encode()} if row["text"] else {}

@@ -69,3 +69,15 @@ def test_setting_names_are_the_ones_that_set_takes():
     names = set(setting_names())
     assert {"seed", "refresh.scenes.t2i_rows", "train.dmd2.steps", "exec.engine"} <= names
     assert set(PipelineConfig.model_fields) <= names
+
+
+@pytest.mark.parametrize(("splits", "chosen", "judged"), [
+    ("{}", None, "heldout"), ("{train: 0.9, test: 0.05, validation: 0.05}", None, "validation"), ("{train: 0.9, test: 0.1}", None, "test"),
+    ("{train: 0.9, test: 0.05, validation: 0.05}", "test", "test"),
+])  # fmt: skip
+def test_stages_are_judged_on_a_split_that_the_datasets_have(splits, chosen, judged):
+    config = load_config("mini", [f"refresh.policy.splits={splits}", *([f"evaluate.split={chosen}"] if chosen else [])])
+    assert config.judging.split == judged
+    for wrong in ("train", "heldout" if splits != "{}" else "test"):
+        with pytest.raises(ConfigError, match=f"evaluate.split is '{wrong}': judge on a split of refresh.policy.splits beside train"):
+            load_config("mini", [f"refresh.policy.splits={splits}", f"evaluate.split={wrong}"])

@@ -60,7 +60,7 @@ def test_the_instructor_says_what_its_model_generates(instructor_folder: Path, m
     answer = instructor.answer(SCENE)
     assert answer and answer == VlmInstructor(instructor_folder, "w", 2, max_new_tokens=12).answer(SCENE)
     # An untrained model may say nothing usable, so its words are replaced: what is read of them, and how it is stored, stays real.
-    monkeypatch.setattr(VlmInstructor, "answer", lambda self, pixels: "remove: take the red circle away\nbackground: make the sky dark\nadd: a cat")
+    monkeypatch.setattr(VlmInstructor, "answer", lambda self, pixels, prompt=None: "remove: take the red circle away\nbackground: make the sky dark\nadd: a cat")
     requests = list(instructor.requests(SCENE, "a" * 64))
     assert [(request.edit_type, request.instruction) for request in requests] == [
         ("remove", "take the red circle away"), ("background", "make the sky dark")]  # fmt: skip
@@ -96,7 +96,7 @@ def test_the_best_try_is_kept_and_the_others_are_negatives_with_their_reason(
     checkpoints: dict[str, Path], instructor_folder: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
     words = "make the red circle blue"
-    monkeypatch.setattr(VlmInstructor, "answer", lambda self, pixels: f"recolour: {words}")
+    monkeypatch.setattr(VlmInstructor, "answer", lambda self, pixels, prompt=None: f"recolour: {words}")
     settings = EditModelSettings(instructor=instructor_folder, editor=checkpoints["base"], reward=reward_folder, tries=3, inference_steps=2)
     operator = model_route(settings, {"instructor": "i", "editor": "e", "reward": "r"})
     answer = operator(pa.table({"image_id": ["a" * 64], "bytes": [encode_png(SCENE)]}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -113,18 +112,3 @@ def test_moving_a_letter_between_rows_changes_the_digest() -> None:
         return curate.rows_digest(schema.conform("dataset_rows", pa.table({"row_id": ["a", "b"], "text": texts})))
 
     assert of(["xy", "z"]) != of(["x", "yz"])
-
-
-def _split_of(group: str, heldout_share: float) -> str:
-    """The rule for one group, stated apart from the SQL that applies it to a column."""
-    draw = int.from_bytes(hashlib.sha256(f"split:{group}".encode()).digest()[:8], "big") / 2**64
-    return "heldout" if draw < heldout_share else "train"
-
-
-def test_the_split_of_a_column_is_the_split_of_each_group(lake: Lake) -> None:
-    groups = [f"g{number}" for number in range(500)] + [None, ""]
-    kept = pa.table({"group_id": pa.array(groups, pa.string()), "row_id": [f"r{number}" for number in range(len(groups))]})
-    for share in (0.0, 0.05, 0.5):
-        found = curate._with_split(lake, kept, share)["split"].to_pylist()
-        names = [group or row for group, row in zip(groups, kept["row_id"].to_pylist(), strict=True)]
-        assert found == [_split_of(name, share) for name in names]

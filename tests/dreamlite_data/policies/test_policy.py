@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
 import pytest
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.policies import PolicyError, read_policy
-from dreamlite_data.policies.curate import DATASETS, CurationError, _refuse_surprises, _with_split, curate, judge
+from dreamlite_data.policies.curate import DATASETS, CurationError, _refuse_surprises, curate, judge
 
 COLUMNS = (
     "SELECT CAST(n AS VARCHAR) AS row_id, 'generate' AS task, 'i' || n AS image_id, CAST(NULL AS VARCHAR) AS source_image_id, 't' AS text, "
@@ -86,20 +85,6 @@ def test_an_unknown_parameter_and_a_missing_column_are_named(lake: Lake) -> None
         judge(lake, _policy("-- @rule a\nn > $nobody"), {})
     with pytest.raises(CurationError, match="lack the columns task"):
         judge(lake, read_policy("trial", "-- @candidates\nSELECT 'x' AS row_id\n-- @rule a\n1 = 1"), {})
-
-
-def test_a_share_of_groups_is_held_out_and_always_the_same(lake: Lake) -> None:
-    names = [f"group{n}" for n in range(4000)]
-
-    def splits(share: float) -> list[str]:
-        return _with_split(lake, pa.table({"group_id": names, "row_id": names}), share)["split"].to_pylist()
-
-    first = splits(0.05)
-    assert first == splits(0.05)
-    assert 0.035 < first.count("heldout") / len(names) < 0.065
-    wider = splits(0.10)
-    assert all(after == "heldout" for before, after in zip(first, wider, strict=True) if before == "heldout")
-    assert set(splits(0.0)) == {"train"}
 
 
 def test_a_lake_without_rows_makes_no_datasets(lake: Lake) -> None:
