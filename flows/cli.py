@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import policy_cli, rewards_cli
+from flows import parts_cli, policy_cli, rewards_cli
 from flows.console import DEFAULT_LAKE, LakeFolder, clear_errors, fail, open_lake, print_arrow, print_rows, say, warn
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(policy_cli.app)  # policy, datasets, publish, forget
 app.add_typer(rewards_cli.rewards, name="rewards")
+app.add_typer(parts_cli.app, name="parts")
 
 Preset = Annotated[
     str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), paper (0.39 B), or a .yaml file.")

@@ -34,22 +34,27 @@ from trainers.processor import SquareImageProcessor
 IMAGE_PX, PATCH_PX = 72, 12
 """64 px images are enlarged to 72, so that the 3 x 3 merged visual tokens are the world's 3 x 3 cells (as in the rewards)."""
 PEAK_RATE = 2e-3
-VISION_STEPS, VISION_ROWS = 260, 48
-"""The vision tower learns alone first: it names every object after 200 steps, in a tenth of the time that all takes."""
+VISION_STEPS, VISION_ROWS = 400, 48
+"""The vision tower learns alone first, in a tenth of the time that all takes; then it rests, and the decoder learns to use it."""
 ROWS = {"generate": 8, "edit": 24}
 SOURCE_WEIGHT = 0.3
+SITE_WEIGHT = 3.0
+OBJECT_FIELDS = {"colour": list(scenes.COLOURS), "shape": list(scenes.SHAPES), "size": list(scenes.SIZES), "position": list(scenes.POSITIONS)}
+SIDES = ("before", "after")
 
 
 def text_encoder_config(
-    tokenizer: PreTrainedTokenizerFast, *, hidden: int = 128, layers: int = 3, vision_layers: int = 2, vision_hidden: int = 96
-) -> Qwen3VLConfig:
-    """Configuration of the small encoder: images of 6 x 6 patches, so 9 merged vision tokens, one a cell."""
+    tokenizer: PreTrainedTokenizerFast, *, hidden: int = 128, layers: int = 3, vision_layers: int = 2, vision_hidden: int = 96,
+    feed_forward: float = 2.5, deepstack: tuple[int, ...] = (0,),
+) -> Qwen3VLConfig:  # fmt: skip
+    """Configuration of the small encoder: images of 6 x 6 patches, so 9 merged vision tokens, one a cell. `feed_forward` is in
+    units of `hidden`; the states after the vision layers `deepstack` also enter the first decoder layers."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLConfig(
         text_config={
             "vocab_size": (len(tokenizer) + 31) // 32 * 32,
             "hidden_size": hidden,
-            "intermediate_size": hidden * 5 // 2,
+            "intermediate_size": int(hidden * feed_forward),
             "num_hidden_layers": layers,
             "num_attention_heads": hidden // 32,
             "num_key_value_heads": hidden // 64,
@@ -73,7 +78,7 @@ def text_encoder_config(
             "temporal_patch_size": 2,
             "out_hidden_size": hidden,
             "num_position_embeddings": (IMAGE_PX // PATCH_PX) ** 2,
-            "deepstack_visual_indexes": [0],
+            "deepstack_visual_indexes": list(deepstack),
         },
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
@@ -100,6 +105,27 @@ class SceneProbe(nn.Module):
         )
         logits = {name: self.heads[name](read[:, :CELLS]) for name in FIELDS}
         return logits | {name: self.heads[name](read[:, CELLS]) for name in GLOBALS}
+
+
+class SiteHead(nn.Linear):
+    """One linear layer that says, from the state at an instruction's last word, what is asked: the kind of edit, the object that
+    it touches as the source shows it (with its place, which only the image tells), and what stands there then."""
+
+    def __init__(self, hidden: int) -> None:
+        objects = {name: 1 + len(values) for name, values in OBJECT_FIELDS.items()}
+        self.classes = {"kind": len(scenes.EDIT_KINDS)} | {f"{name}_{side}": count for name, count in objects.items() for side in SIDES}
+        super().__init__(hidden, sum(self.classes.values()))
+
+    def loss(self, states: torch.Tensor, edits: list[scenes.Edit]) -> torch.Tensor:
+        """Mean cross-entropy of states [B, hidden] over the fields; 0 stands for no object."""
+        logits = self(states).split(list(self.classes.values()), -1)
+        labels = {"kind": [scenes.EDIT_KINDS.index(edit.kind) for edit in edits]}
+        for side in SIDES:
+            found = [getattr(edit, side) for edit in edits]
+            for name, values in OBJECT_FIELDS.items():
+                labels[f"{name}_{side}"] = [0 if item is None else 1 + values.index(getattr(item, name)) for item in found]
+        losses = [F.cross_entropy(part, torch.tensor(labels[name])) for name, part in zip(self.classes, logits, strict=True)]
+        return sum(losses) / len(losses)
 
 
 class CellHead(nn.Linear):
@@ -136,8 +162,8 @@ def build_text_encoder(
             # transformers draws with a deviation of 0.02, which starves a network this narrow at the start.
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     hidden = model.config.text_config.hidden_size
-    probe, seen, known = SceneProbe(hidden), CellHead(hidden), CellHead(hidden)
-    modules = (model, probe, seen, known)
+    probe, seen, known, site = SceneProbe(hidden), CellHead(hidden), CellHead(hidden), SiteHead(hidden)
+    modules = (model, probe, seen, known, site)
     optimizer = Muon(*modules, learning_rate=PEAK_RATE, weight_decay=0.01)
     rng = np.random.default_rng((seed, 3))
 
@@ -153,7 +179,9 @@ def build_text_encoder(
         update(losses, PEAK_RATE * min(1.0, (step + 1) / 50) * (1 - 0.5 * step / VISION_STEPS))
         if (step + 1) % 20 == 0:
             log(0, {name: loss.item() for name, loss in losses.items()})
-    drop = check_drop_lengths(tokenizer)
+    for name, parameter in model.model.visual.named_parameters():
+        parameter.requires_grad_(name.startswith("deepstack"))  # these merge early features into the decoder, which only now learns
+    drop, tail = check_drop_lengths(tokenizer), turn_end_tokens(tokenizer)
     for step in range(steps):
         losses = {}
         for task, count in ROWS.items():
@@ -165,6 +193,8 @@ def build_text_encoder(
             losses[task] = probe_loss(probe(kept), scene_labels(prompts.wanted))
             if prompts.sources:
                 losses["source"] = SOURCE_WEIGHT * known.loss(states[ids == model.config.image_token_id], prompts.sources)
+                last = states[torch.arange(len(states)), mask.sum(1) - tail - 1]
+                losses["site"] = SITE_WEIGHT * site.loss(last, prompts.edits)
         update(losses, PEAK_RATE * min(1.0, (step + 1) / 50) * max(0.01, 1 - step / steps))
         if (step + 1) % 20 == 0 or step + 1 == steps:
             log(step + 1, {name: loss.item() for name, loss in losses.items()})
@@ -184,11 +214,13 @@ def probe_loss(logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor])
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Tokenized prompts of one task, the scenes that they ask for (for an edit: the target) and, for edits, the sources."""
+    """Tokenized prompts of one task, the scenes that they ask for (for an edit: the target) and, for edits, the sources and what
+    is to be done to them."""
 
     inputs: dict[str, torch.Tensor]
     wanted: list[scenes.Scene]
     sources: list[scenes.Scene]
+    edits: list[scenes.Edit]
 
 
 def sample_prompts(task: str, count: int, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Prompts:
@@ -197,7 +229,7 @@ def sample_prompts(task: str, count: int, rng: np.random.Generator, tokenizer: P
     if task == "generate":
         users = [GENERATE_PROMPT.format(scenes.caption(scene, rng)) for scene in drawn]
         inputs = tokenizer([GENERATE_TEMPLATE.replace("{}", user) for user in users], padding=True, return_tensors="pt")
-        return Prompts({name: inputs[name] for name in ("input_ids", "attention_mask")}, drawn, [])
+        return Prompts({name: inputs[name] for name in ("input_ids", "attention_mask")}, drawn, [], [])
     edits = [scenes.sample_edit(scene, rng) for scene in drawn]
     users = [EDIT_PROMPT.format(scenes.instruction(edit, scene, rng)) for edit, scene in zip(edits, drawn, strict=True)]
     texts = [EDIT_TEMPLATE.replace("{}", user).replace("<|image_pad|>", "<|image_pad|>" * CELLS) for user in users]
@@ -205,7 +237,12 @@ def sample_prompts(task: str, count: int, rng: np.random.Generator, tokenizer: P
     inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()
     inputs["pixel_values"], inputs["image_grid_thw"] = patchify(np.stack([scenes.render(scene) for scene in drawn]))
-    return Prompts(inputs, [scenes.apply_edit(scene, edit) for scene, edit in zip(drawn, edits, strict=True)], drawn)
+    return Prompts(inputs, [scenes.apply_edit(scene, edit) for scene, edit in zip(drawn, edits, strict=True)], drawn, edits)
+
+
+def turn_end_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens that follow a prompt's last word in both templates: the end of the turn and the head of the answer's."""
+    return len(tokenizer("<|im_end|>\n<|im_start|>assistant\n").input_ids)
 
 
 def patchify(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,16 +1,14 @@
 """The small world's reward trainer: labels that are true, pairs that point the right way, checkpoints that load.
 Learning itself is measured by `build_reward`; here a few steps show that every loss moves."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from dreamlite_data import scenes
-from dreamlite_data.rewards import load_reward
+from dreamlite_data.rewards import RewardScores, load_reward
 from trainers.components import reward, reward_pairs
-from trainers.components.reward_measure import edit_pairs, generate_pairs
+from trainers.components.reward_measure import calibration_error, edit_pairs, generate_pairs, pair_accuracy, win_probability
 from trainers.components.reward_pairs import Row
 
 
@@ -102,27 +100,64 @@ def test_training_never_sees_a_held_out_scene():
 
 
 def test_measured_pairs_cover_every_kind_of_wrong():
-    kinds = {kind for kind, *_ in generate_pairs(18, seed=0)}
+    kinds = {pair.kind for pair in generate_pairs(18, seed=0)}
     assert {f"spoilt_{name}" for name in reward_pairs.DEGRADATIONS} <= kinds
     assert {"words_recolour", "image_resize", "words_style", "image_other"} <= kinds
-    assert {"no_op", "wrong_value", "other_scene", "extra_change"} <= {kind for kind, *_ in edit_pairs(36, seed=0)}
+    assert {"no_op", "wrong_value", "other_scene", "extra_change"} <= {pair.kind for pair in edit_pairs(36, seed=0)}
+
+
+def test_each_head_is_asked_about_what_it_should_see():
+    heads = {}
+    for pair in edit_pairs(72, seed=1):
+        heads.setdefault(pair.kind.split("_")[0], set()).add(pair.heads)
+    # (followed, kept): nothing done breaks nothing; a spoilt or further changed target is as asked; the source never is.
+    assert heads["no"] == {(True, False)} and heads["edit"] == {(True, False)}
+    assert heads["spoilt"] == {(False, True)} and heads["extra"] == {(False, True)}
+    assert (True, True) in heads["wrong"] | heads["other"]
+
+
+def test_calibration_error_is_nought_for_a_model_that_is_as_sure_as_it_is_right():
+    generator = np.random.default_rng(0)
+    count = 40_000
+    difference = generator.normal(0, 2, count)
+    mu = np.zeros(2 * count, np.float32)
+    mu[0::2] = difference
+    spread = np.full(2 * count, np.log(0.7), np.float32)
+    sure = win_probability(torch.tensor(difference), torch.full((count,), 0.7 * 2**0.5, dtype=torch.float64)).numpy()
+    wins = generator.random(count) < sure
+    flipped = mu.reshape(-1, 2)
+    flipped[~wins] = flipped[~wins][:, ::-1]  # the side that won is put first, as in pairs of right and wrong
+    scores = RewardScores(mu, spread, np.zeros((2 * count, 1, 2)), (None,) * (2 * count))
+    assert calibration_error(scores) < 0.01
+    certain = RewardScores(5 * mu, spread, scores.heads, scores.errors)
+    assert calibration_error(certain) > 0.05  # surer than it is right
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("generate", "hpsv3"), ("edit", "editreward")])
 def test_a_few_steps_train_and_save_a_loadable_reward(tmp_path, monkeypatch, kind, expected):
     monkeypatch.setitem(reward.GROUPS, kind, 3)
-    metrics = reward.build_reward(kind, tmp_path / "one", seed=3, steps=2, threads=1, measured_rows=6)
-    assert 0 <= metrics["pair_accuracy"] <= 1
-    record = json.loads((tmp_path / "one" / "record.json").read_text())
-    assert record["steps_done"] == 2 and record["metrics"] == metrics
+    told = reward.build_reward(kind, tmp_path / "one", seed=3, steps=2)
+    assert [each["step"] for each in told["curve"]] == [2] and {"rank", "image", "site", "reward"} <= set(told["curve"][0])
     model = load_reward(tmp_path / "one")
     assert model.kind == expected
+    metrics = pair_accuracy(tmp_path / "one", rows=6, seed=0)
+    assert 0 <= metrics["pair_accuracy"] <= 1 and ("follow_accuracy" in metrics) == (kind == "edit")
+
+
+def test_the_vision_tower_rests_once_the_decoder_learns(tmp_path):
+    torch.manual_seed(0)
+    trainee = reward.prepare("generate", tmp_path)
+    pictures, rows = reward_pairs.generate_batch(2, np.random.default_rng(0))
+    sum(trainee.losses(pictures, rows).values()).backward()
+    assert all(parameter.grad is None for parameter in trainee.network.backbone.visual.parameters())
+    trainee.vision_loss(pictures)["vision"].backward()
+    assert all(parameter.grad is not None for parameter in trainee.network.backbone.visual.parameters())
 
 
 def test_the_seed_decides_every_weight(tmp_path, monkeypatch):
     monkeypatch.setitem(reward.GROUPS, "generate", 2)
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
-        reward.build_reward("generate", tmp_path / name, seed=seed, steps=1, threads=1, measured_rows=1)
+        reward.build_reward("generate", tmp_path / name, seed=seed, steps=1)
     ids = [load_reward(tmp_path / name).scorer_id for name in ("one", "two", "three")]
     assert ids[0] == ids[1] != ids[2]
 
@@ -164,4 +199,4 @@ def test_training_and_scoring_run_the_same_forward_pass(tmp_path, kind):
 
 def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no reward is called 'video'"):
-        reward.build_reward("video", tmp_path)
+        reward.build_reward("video", tmp_path, steps=1)

@@ -15,9 +15,11 @@ from trainers.components.vae import (
     FACTOR,
     OBJECT_WEIGHT,
     SHAPE_WEIGHT,
+    TEMPLATES,
     build_vae,
     draw_windows,
     measure_vae,
+    reading_loss,
     shape_difference,
 )
 from trainers.model import latent_scale, load_vae
@@ -40,7 +42,8 @@ def test_a_vae_of_noise_reads_nothing() -> None:
 
 
 def test_windows_lie_on_the_latent_grid_and_weigh_what_tells_shapes_apart() -> None:
-    images, weight, labels = draw_windows(np.random.default_rng(3))
+    windows = draw_windows(np.random.default_rng(3))
+    images, weight, labels = windows.images, windows.weight, windows.classes
     cells = CROP_PX // FACTOR
     assert images.shape == (BATCH, 3, CROP_PX, CROP_PX) and weight.shape == (BATCH, 1, CROP_PX, CROP_PX)
     assert labels.shape == (BATCH, len(FIELDS), cells, cells)
@@ -51,6 +54,15 @@ def test_windows_lie_on_the_latent_grid_and_weigh_what_tells_shapes_apart() -> N
     smallest = 2 * scenes.SIZES["small"] * 0.72  # a small cross has the least of all shapes
     assert heavy.min() * CROP_PX**2 > smallest
     assert (weight == 1).any() and (weight == OBJECT_WEIGHT).any() and weight.max() > OBJECT_WEIGHT + 0.9 * SHAPE_WEIGHT
+
+
+def test_the_reading_loss_is_least_for_the_drawn_shape_and_falls_with_a_wrong_one() -> None:
+    windows = draw_windows(np.random.default_rng(5))
+    drawn = windows.templates[torch.arange(BATCH), windows.drawn][:, None]
+    other = windows.templates[torch.arange(BATCH), (windows.drawn + 2) % len(TEMPLATES)][:, None]
+    right, wrong = (reading_loss(windows.behind + alpha * (windows.colour - windows.behind), windows) for alpha in (drawn, other))
+    assert right < 0.1 < 3 < wrong
+    assert reading_loss(windows.images, windows) < 0.1  # the rendered windows themselves, other objects in them or not
 
 
 def test_a_square_differs_from_other_shapes_in_its_corners_and_not_in_its_middle() -> None:

@@ -1,0 +1,24 @@
+"""Parts are stored in half the bytes and come back in single precision, equal to what was stored."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainers.components.storage import store_half, unpack
+
+
+def test_half_and_back_loses_the_rounding_alone(tmp_path) -> None:
+    weights = {"matrix": torch.randn(64, 64), "count": torch.tensor([3]), "half": torch.ones(2, dtype=torch.float16)}
+    (tmp_path / "part" / "inner").mkdir(parents=True)
+    path = tmp_path / "part" / "inner" / "model.safetensors"
+    save_file(weights, path, {"format": "pt"})
+    before = path.stat().st_size
+    store_half(tmp_path / "part")
+    stored = load_file(path)
+    assert path.stat().st_size < 0.6 * before and stored["matrix"].dtype == torch.float16 and stored["count"].dtype == torch.int64
+    assert torch.equal(stored["matrix"], weights["matrix"].half())
+    back = load_file(unpack(tmp_path / "part", tmp_path / "run") / "inner" / "model.safetensors")
+    assert back["matrix"].dtype == torch.float32 and torch.equal(back["matrix"], stored["matrix"].float())
+    assert not torch.equal(back["matrix"], weights["matrix"])  # the rounding is real
+    assert sorted(each.name for each in (tmp_path / "part" / "inner").iterdir()) == ["model.safetensors"]
