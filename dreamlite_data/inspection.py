@@ -7,12 +7,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dreamlite_data.chat.backends import chat_weights
 from dreamlite_data.executors import Executor
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.describe import Describe
 from dreamlite_data.operators.embed import Embed, Similarity
-from dreamlite_data.operators.run import Measurement, measure_pending
+from dreamlite_data.operators.run import Measurement, measure_pending, withdraw_passing_failures
 from dreamlite_data.operators.safety import Safety, require_extra
 from dreamlite_data.operators.text import Text
 from dreamlite_data.responses import responses_folder
@@ -90,7 +91,7 @@ def _describe(lake: Lake, settings: RefreshSettings, executor: Executor, digests
         return {"off": "refresh.captions names no styles"}
     total = {"rows": 0, "failed": 0}
     for make in makes:
-        _withdraw_failures(lake, op_version(make()))
+        withdraw_passing_failures(lake, "op_describe", op_version(make()))
         counts = _measure(lake, settings, executor, Measurement(make, CAPTIONED_IMAGES, {"bytes": "image_id"}))
         total = {name: total[name] + counts[name] for name in total}
     return total
@@ -98,18 +99,9 @@ def _describe(lake: Lake, settings: RefreshSettings, executor: Executor, digests
 
 def _describers(lake: Lake, settings: RefreshSettings, digests: DigestCache) -> Iterator[Callable[[], Describe]]:
     for number, backend in enumerate(settings.captions):
-        weights = ""
-        if backend.backend == "transformers":
-            weights = weights_digest(backend.model, backend.revision, digests, f"refresh.captions.{number}.model")
+        weights = chat_weights(backend, digests, f"refresh.captions.{number}")
         for style in backend.styles:
             yield functools.partial(Describe, backend, style, weights, responses_folder(lake.files))
-
-
-def _withdraw_failures(lake: Lake, version: str) -> None:
-    """Make calls pending again that failed for a passing reason; the cache of responses counts how often."""
-    passing = "FROM op_describe WHERE op_version = $version AND retry"
-    if lake.query(f"SELECT count(*) AS n {passing}", {"version": version})["n"][0].as_py():
-        lake.write(lambda connection: connection.execute(f"DELETE {passing}", {"version": version}))
 
 
 def _measure(lake: Lake, settings: RefreshSettings, executor: Executor, measurement: Measurement) -> dict[str, int]:

@@ -81,8 +81,10 @@ OPERATORS: dict[str, pa.Schema] = {
     "op_contamination": _schema(
         subject_id=ID, op_version=ID, benchmark=ID, entry=pa.string(), kind=ID, distance=pa.int32(), error=pa.string()
     ),
-    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
-    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
+    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too. `retry` as in op_describe.
+    "op_edit": _schema(
+        subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), retry=pa.bool_(), error=pa.string()
+    ),
     "op_caption": _schema(
         subject_id=ID, op_version=ID, caption_id=ID, text=pa.string(), scene_json=pa.string(), residual=pa.float32(),
         reason=pa.string(), error=pa.string(),

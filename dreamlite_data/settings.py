@@ -57,12 +57,57 @@ class CompositeSettings(StrictSettings):
     inverse: bool = True
 
 
-class EditModelSettings(StrictSettings):
-    """Edits of photos by models, off without `editor`: `instructor` is a folder with a transformers image-text-to-text model that
-    proposes instructions, `editor` a folder with a diffusers editing pipeline. Of `tries` pictures the one that the edit reward
-    in `reward` likes best is kept if it reaches `min_reward`; the others stay as negatives."""
+class ChatSettings(StrictSettings):
+    """A model that answers questions about pictures. `transformers` takes `model` as a folder or hub id (with `revision`),
+    `endpoint` as the name that the OpenAI-compatible server at `base_url` serves; its key comes from the environment variable
+    `key_variable`. What it answered is kept, so that no question is paid for twice."""
 
-    instructor: Path | None = None
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "key_variable", "timeout_s", "attempts", "concurrency", "tries", "num_gpus", "batch_images"}
+    )
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {"transformers": ("model",), "endpoint": ("model", "base_url")}
+    FOREIGN: ClassVar[dict[str, tuple[str, ...]]] = {"transformers": ("base_url",), "endpoint": ("revision",)}
+
+    backend: Literal["transformers", "endpoint"] = "transformers"
+    model: str | None = None
+    revision: str | None = None
+    base_url: str | None = Field(None, pattern=r"^https?://[^\s]+$")
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    timeout_s: float = Field(60.0, gt=0, le=3600)
+    attempts: int = Field(3, ge=1, le=10)
+    concurrency: int = Field(8, ge=1, le=256)
+    tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
+    num_gpus: float = Field(0.0, ge=0)
+    batch_images: int = Field(8, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_folder(cls, values: Any) -> Any:
+        """A path alone is a model of transformers that lies there."""
+        return {"backend": "transformers", "model": str(values)} if isinstance(values, (str, Path)) else values
+
+    @model_validator(mode="after")
+    def _fits_its_backend(self) -> ChatSettings:
+        missing = [name for name in self.NEEDS[self.backend] if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"the {self._called} {self.backend!r} also needs {' and '.join(missing)}")
+        given = [name for name in self.FOREIGN[self.backend] if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"the {self._called} {self.backend!r} has no {' or '.join(given)}: take it out, or choose another backend")
+        return self
+
+    _called: ClassVar[str] = "chat backend"
+
+
+class EditModelSettings(StrictSettings):
+    """Edits of photos by models, off without `editor`: `instructor` proposes instructions (a folder with a transformers
+    image-text-to-text model, or a chat model as in ChatSettings), `editor` is a folder with a diffusers editing pipeline. Of `tries`
+    pictures the one that the edit reward in `reward` likes best is kept if it reaches `min_reward`; the others stay as negatives.
+    Every picture made is kept until `picture_cache_mb` are full, the least used go first, so that none is paid for twice."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset({"picture_cache_mb"})
+
+    instructor: ChatSettings | None = None
     editor: Path | None = None
     reward: Path | None = None
     per_image: int = Field(1, ge=1)
@@ -71,11 +116,12 @@ class EditModelSettings(StrictSettings):
     inference_steps: int = Field(28, ge=1)
     max_new_tokens: int = Field(256, ge=8, le=4096)
     device: str = "cpu"
+    picture_cache_mb: int = Field(4096, ge=1)
 
     @model_validator(mode="after")
     def _whole_or_off(self) -> EditModelSettings:
         if self.editor is not None and self.instructor is None:
-            raise ValueError("refresh.edit_model.editor needs an instructor that says what to edit: give the folder of an image-text-to-text model")
+            raise ValueError("refresh.edit_model.editor needs an instructor that says what to edit: give the folder of an image-text-to-text model, or an endpoint")
         if self.editor is not None and self.tries > 1 and self.reward is None:
             raise ValueError("refresh.edit_model.tries above 1 needs a reward that chooses: give the folder of an EditReward, or set tries to 1")
         if self.min_reward is not None and self.reward is None:
@@ -222,39 +268,18 @@ class PolicySettings(StrictSettings):
 CaptionStyle = Literal["tag", "short", "medium", "dense"]
 
 
-class CaptionBackend(StrictSettings):
-    """Who writes captions, in which styles. The scene reader reads every image anyway, for verification; with styles it also
-    writes them. `transformers` takes `model` as a folder or hub id (with `revision`), `endpoint` as the name that the
-    OpenAI-compatible server at `base_url` serves; its key comes from the environment variable `key_variable`."""
+class CaptionBackend(ChatSettings):
+    """Who writes captions, in which styles: a chat model, or the scene reader, which reads every image anyway, for verification,
+    and with styles also writes them."""
 
-    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "key_variable", "timeout_s", "attempts", "concurrency", "tries", "num_gpus", "batch_images"}
-    )
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "scene": (), "transformers": ("model", "styles"), "endpoint": ("model", "base_url", "styles"),
+    }  # fmt: skip
+    FOREIGN: ClassVar[dict[str, tuple[str, ...]]] = {**ChatSettings.FOREIGN, "scene": ("model", "revision", "base_url")}
+    _called: ClassVar[str] = "captions backend"
 
     backend: Literal["scene", "transformers", "endpoint"] = "scene"
     styles: tuple[CaptionStyle, ...] = ()
-    model: str | None = None
-    revision: str | None = None
-    base_url: str | None = Field(None, pattern=r"^https?://[^\s]+$")
-    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    timeout_s: float = Field(60.0, gt=0, le=3600)
-    attempts: int = Field(3, ge=1, le=10)
-    concurrency: int = Field(8, ge=1, le=256)
-    tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
-    num_gpus: float = Field(0.0, ge=0)
-    batch_images: int = Field(8, ge=1)
-
-    @model_validator(mode="after")
-    def _fits_its_backend(self) -> CaptionBackend:
-        needed = {"scene": (), "transformers": ("model", "styles"), "endpoint": ("model", "base_url", "styles")}[self.backend]
-        missing = [name for name in needed if not getattr(self, name)]
-        if missing:
-            raise ValueError(f"the captions backend {self.backend!r} also needs {' and '.join(missing)}")
-        foreign = {"scene": ("model", "revision", "base_url"), "transformers": ("base_url",), "endpoint": ("revision",)}[self.backend]
-        given = [name for name in foreign if getattr(self, name) is not None]
-        if given:
-            raise ValueError(f"the captions backend {self.backend!r} has no {' or '.join(given)}: take it out, or choose another backend")
-        return self
 
     def name(self) -> str:
         """What its captions are signed with."""

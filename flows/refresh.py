@@ -37,6 +37,8 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
     edit_routes = {"composite": spec_of(settings.composite, EDIT_FOLDERS), "edit_model": spec_of(settings.edit_model, EDIT_FOLDERS)}
+    if settings.edit_model.instructor is not None:
+        edit_routes["instructor"] = spec_of(settings.edit_model.instructor)
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
     fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
     downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}
@@ -110,7 +112,9 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
 def edit_folders(settings: RefreshSettings) -> dict[str, str]:
     """{setting: digest} of the folders that edit routes read."""
     models = settings.edit_model
-    named = {"cutouts": settings.composite.cutouts, "instructor": models.instructor, "editor": models.editor, "reward": models.reward}
+    named = {"cutouts": settings.composite.cutouts, "editor": models.editor, "reward": models.reward}
+    if models.instructor is not None and Path(models.instructor.model).is_dir():
+        named["instructor"] = Path(models.instructor.model)
     return {name: folder_digest(Path(path)) for name, path in sorted(named.items()) if path is not None}
 
 
