@@ -65,21 +65,22 @@ def _text(lake: Lake, settings: RefreshSettings, executor: Executor, digests: Di
 def _embed(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     if settings.embed.model is None:
         return {"off": "refresh.embed.model is null"}
-    return _measure(lake, settings, executor, Measurement(_made(Embed, settings, digests), ALL_IMAGES, {"bytes": "image_id"}))
+    return _measure(lake, settings, executor, Measurement(embed_operator(Embed, settings, digests), ALL_IMAGES, {"bytes": "image_id"}))
 
 
 def _similarity(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     if settings.embed.model is None:
         return {"off": "refresh.embed.model is null"}
-    embedded = op_version(_made(Embed, settings, digests)())
+    embedded = op_version(embed_operator(Embed, settings, digests)())
     subjects = (
         "SELECT c.caption_id, c.text, e.vector FROM captions c "
         f"JOIN op_embed e ON e.subject_id = c.image_id AND e.op_version = '{embedded}'"
     )
-    return _measure(lake, settings, executor, Measurement(_made(Similarity, settings, digests), subjects))
+    return _measure(lake, settings, executor, Measurement(embed_operator(Similarity, settings, digests), subjects))
 
 
-def _made(operator: Callable[..., Any], settings: RefreshSettings, digests: DigestCache) -> Callable[[], Any]:
+def embed_operator(operator: Callable[..., Any], settings: RefreshSettings, digests: DigestCache) -> Callable[[], Any]:
+    """What builds an operator of the embedding model that the settings name. Raises WeightsError."""
     embed = settings.embed
     weights = weights_digest(embed.model, embed.revision, digests, "refresh.embed.model")
     return functools.partial(operator, embed.model, weights, embed.revision, embed.batch_images, embed.num_gpus)

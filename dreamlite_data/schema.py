@@ -46,6 +46,12 @@ CONTENT: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 
+TRIPLET_MEASURES = (
+    "edited_fraction", "clear_fraction", "inside_change", "outside_change", "structure_outside", "inside_fraction", "outside_fraction",
+    "correlation", "phash_distance", "side_agrees", "count_agrees", "colour_distance", "direction_agrees", "thing_colour_distance",
+    "destination_agrees", "background_distance", "motion_correlation", "style_distance",
+)  # fmt: skip
+
 OPERATORS: dict[str, pa.Schema] = {
     # One row per tar shard, or per file of a folder: what was read, and why a shard was quarantined.
     "op_shard": _schema(
@@ -114,6 +120,21 @@ OPERATORS: dict[str, pa.Schema] = {
     ),
     "op_text": _schema(
         subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
+    ),
+    # What the rules of a triplet's type read of its pixels, from the decode of op_verify_edit; verify_measures.py says what each is.
+    # NaN: the words do not call for it; null: not taken, for the rule does not read it or no mask is known. `sizes` is set where
+    # the pictures differ in size, and then alone.
+    "op_triplet_measures": _schema(
+        subject_id=ID, op_version=ID, rule=ID, sizes=ID, **dict.fromkeys(TRIPLET_MEASURES, pa.float64()), error=pa.string()
+    ),
+    # Cosines of a triplet's embeddings: target picture and its words; the change of the pictures and that of the words.
+    "op_edit_similarity": _schema(
+        subject_id=ID, op_version=ID, model=ID, clip_target=pa.float64(), clip_direction=pa.float64(), error=pa.string()
+    ),
+    # What a chat model says to "was this edit done?"; `skipped` is why it was not asked. `retry` as in op_describe.
+    "op_edit_question": _schema(
+        subject_id=ID, op_version=ID, model=ID, prompt_id=ID, yes=pa.bool_(), answer=pa.string(), skipped=pa.string(), retry=pa.bool_(),
+        error=pa.string(),
     ),
     # verdict: 'pass', 'fail', or 'not_evaluated' where a required measure was not available; rule is the entry of verify_rules.yaml.
     "op_verify_triplet": _schema(

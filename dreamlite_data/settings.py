@@ -98,6 +98,10 @@ class ChatSettings(StrictSettings):
 
     _called: ClassVar[str] = "chat backend"
 
+    def name(self) -> str:
+        """What its answers are signed with."""
+        return str(self.model) if self.backend == "endpoint" else Path(str(self.model)).name
+
 
 class EditModelSettings(StrictSettings):
     """Edits of photos by models, off without `editor`: `instructor` proposes instructions (a folder with a transformers
@@ -283,7 +287,7 @@ class CaptionBackend(ChatSettings):
 
     def name(self) -> str:
         """What its captions are signed with."""
-        return "scene-reader" if self.model is None else self.model if self.backend == "endpoint" else Path(self.model).name
+        return "scene-reader" if self.model is None else super().name()
 
 
 class EmbedSettings(StrictSettings):
@@ -295,6 +299,13 @@ class EmbedSettings(StrictSettings):
     revision: str | None = None
     num_gpus: float = Field(0.0, ge=0)
     batch_images: int = Field(16, ge=1)
+
+
+class JudgeSettings(ChatSettings):
+    """A chat model that says of an edit whether it was done, where a rule of verify_rules.yaml wants to know. `max_new_tokens`
+    bounds its answer: a word, or the thoughts of a reasoning model and a word."""
+
+    max_new_tokens: int = Field(16, ge=4, le=8192)
 
 
 class SafetySettings(StrictSettings):
@@ -332,6 +343,7 @@ class RefreshSettings(StrictSettings):
     embed: EmbedSettings = EmbedSettings()
     safety: SafetySettings = SafetySettings()
     text: TextSettings = TextSettings()
+    judge: JudgeSettings | None = None
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=1)
 

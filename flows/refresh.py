@@ -81,9 +81,12 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
                 "edit_pairs": spec_of(settings.edit_pairs),
                 "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
                 "semantic": spec_of(settings.semantic),
+                **({"judge": spec_of(settings.judge)} if settings.judge is not None else {}),
             },
             "Check captions and edits against the pixels, and everything against the benchmarks.",
-            external=lambda: {benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks},
+            external=lambda: {
+                **{benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks}, **_judge_folder(settings)
+            },
         ),
         Step(
             "score",
@@ -132,6 +135,12 @@ def _model_folders(settings: RefreshSettings) -> list[str]:
     """Models given as folders: their content counts, wherever they lie."""
     models = [backend.model for backend in settings.captions if backend.backend == "transformers"]
     return [model for model in (*models, settings.embed.model, settings.safety.watermark) if model is not None and Path(model).is_dir()]
+
+
+def _judge_folder(settings: RefreshSettings) -> dict[str, str]:
+    """The judge's weights where they lie in a folder."""
+    judge = settings.judge
+    return {"judge": folder_digest(Path(judge.model))} if judge is not None and Path(judge.model).is_dir() else {}
 
 
 def _measure_step(
