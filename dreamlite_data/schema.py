@@ -122,10 +122,10 @@ OPERATORS: dict[str, pa.Schema] = {
         subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
     ),
     # What the rules of a triplet's type read of its pixels, from the decode of op_verify_edit; verify_measures.py says what each is.
-    # NaN: the words do not call for it; null: not taken, for the rule does not read it or no mask is known. `sizes` is set where
-    # the pictures differ in size, and then alone.
+    # Null: its rule does not read it, or the words do not call for it; `absent` names those that the rule reads and that could not
+    # be taken, as without a mask. `sizes` is set where the pictures differ in size, and then alone.
     "op_triplet_measures": _schema(
-        subject_id=ID, op_version=ID, rule=ID, sizes=ID, **dict.fromkeys(TRIPLET_MEASURES, pa.float64()), error=pa.string()
+        subject_id=ID, op_version=ID, rule=ID, sizes=ID, absent=pa.list_(pa.string()), **dict.fromkeys(TRIPLET_MEASURES, pa.float64()), error=pa.string()
     ),
     # Cosines of a triplet's embeddings: target picture and its words; the change of the pictures and that of the words.
     "op_edit_similarity": _schema(

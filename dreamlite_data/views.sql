@@ -35,7 +35,7 @@ SELECT * FROM op_verify_edit WHERE op_version = (SELECT op_version FROM current_
 CREATE OR REPLACE VIEW current_verify_triplet AS
 SELECT * FROM op_verify_triplet WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'verify_triplet');
 
--- What the rules read of each triplet's pixels. NaN: its words do not call for it.
+-- What the rules read of each triplet's pixels; `absent` names what could not be measured.
 CREATE OR REPLACE VIEW current_triplet_measures AS
 SELECT * FROM op_triplet_measures WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'verify_edit');
 

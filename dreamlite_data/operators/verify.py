@@ -102,7 +102,10 @@ class VerifyEdit:
         mask = decode_mask(row["mask_png"]) if row["mask_png"] else scene_mask(row["source_scene"], row["instruction"])
         if mask is not None and mask.shape != source.shape[:2]:
             raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the pictures {source.shape[1]} x {source.shape[0]}")
-        return {"rule": rule, **measure_triplet(source, target, row["instruction"], mask, self.rules.measures(kind))}
+        reads = self.rules.measures(kind)
+        found = measure_triplet(source, target, row["instruction"], mask, reads)
+        absent = sorted(name for name, value in found.items() if value is None and name in reads)
+        return {"rule": rule, "absent": absent, **{name: value for name, value in found.items() if value is not None and not np.isnan(value)}}
 
     @staticmethod
     def _one(row: dict[str, Any], pair: _Pair) -> dict[str, Any]:

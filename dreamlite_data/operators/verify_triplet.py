@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from dreamlite_data import schema
 from dreamlite_data.operators.base import by_row
 from dreamlite_data.operators.verify_given import given_measures
+from dreamlite_data.operators.verify_measures import NOT_APPLICABLE, Measures
 from dreamlite_data.operators.verify_rules import Rules, Verdict, load_rules
 from dreamlite_data.taxonomy import load_taxonomy
 
@@ -82,7 +82,7 @@ class VerifyTriplet:
             return {"error": measures["error"]}
         found = judged(row, self.rules)
         return {
-            **{name: None if measures[name] is None or np.isnan(measures[name]) else measures[name] for name in STORED},
+            **{name: measures[name] for name in STORED},
             "rule": found.rule, "verdict": found.verdict, "failed": list(found.failed), "not_evaluated": list(found.not_evaluated),
         }  # fmt: skip
 
@@ -95,6 +95,8 @@ def judging(inputs: Inputs, rules: Rules) -> dict[str, Any]:
 def judged(row: dict[str, Any], rules: Rules) -> Verdict:
     """Hold a row of `triplet_subjects` against the rule of its type. Pictures of different size fail whatever else they show."""
     kind = load_taxonomy().edit_type(row["edit_type"], row["origin"])
-    if row["measures"]["sizes"] is not None:
-        return Verdict(rules.name_for(kind), "fail", (f"size {row['measures']['sizes']}",), ())
-    return rules.judge(kind, {name: row["measures"][name] for name in schema.TRIPLET_MEASURES} | given_measures(row))
+    stored = row["measures"]
+    if stored["sizes"] is not None:
+        return Verdict(rules.name_for(kind), "fail", (f"size {stored['sizes']}",), ())
+    measures: Measures = {name: NOT_APPLICABLE if stored[name] is None else stored[name] for name in schema.TRIPLET_MEASURES}
+    return rules.judge(kind, measures | dict.fromkeys(stored["absent"]) | given_measures(row))
