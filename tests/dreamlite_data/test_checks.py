@@ -18,7 +18,7 @@ from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.counting_server import CountingServer, completion
 from tests.dreamlite_data.operators.tiny_towers import tiny_clip
 
-EDITS = 10
+EDITS = 16
 
 
 def settings_for(**changes: object) -> RefreshSettings:
@@ -91,34 +91,33 @@ def test_embeddings_judge_without_a_decode_and_once(lake: Lake, tmp_path: Path, 
     assert measured(lake, settings_for())["verify_triplet_rows"] == 0 and coverage(lake, "clip_target") > 0
 
 
-def test_a_question_is_asked_last_once_and_only_where_nothing_cheaper_failed(
-    lake: Lake, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_question_is_asked_last_once_and_only_where_nothing_cheaper_failed(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.001)
-    lake.write(lambda connection: connection.execute(  # one recoloured target with a change where none belongs
-        "UPDATE op_triplet_measures SET outside_change = 0.5 WHERE subject_id = (SELECT min(subject_id) FROM op_triplet_measures "
-        "WHERE rule IN ('attribute/colour', 'scene/background'))"
-    ))  # fmt: skip
     rule = "rule IN ('attribute/colour', 'scene/background')"
-    eligible = lake.query(f"SELECT count(*) AS n, count(*) FILTER (outside_change = 0.5) AS spoilt FROM op_triplet_measures WHERE {rule}").to_pylist()[0]
+    lake.write(lambda connection: connection.execute(  # one of them with a change where none belongs
+        f"UPDATE op_triplet_measures SET outside_fraction = 0.5 WHERE subject_id = (SELECT min(subject_id) FROM op_triplet_measures WHERE {rule})"
+    ))  # fmt: skip
+    asked = lake.query(f"SELECT count(*) AS n FROM op_triplet_measures WHERE {rule}")["n"][0].as_py() - 1
+    assert asked >= 3
     with CountingServer(lambda body: completion("Yes, it does.")) as server:
         judge = {"backend": "endpoint", "model": "judge-7b", "base_url": server.url, "attempts": 1}
         replies = iter([(503, b"busy", {}), completion("no"), completion("perhaps")])
         server.reply = lambda body: next(replies, completion("Yes, it does."))
         settings = settings_for(judge={**judge, "concurrency": 1})
         counts = measured(lake, settings)
-        spoilt = eligible["spoilt"] if lake.query("SELECT count(*) AS n FROM op_edit_question WHERE skipped IS NOT NULL")["n"][0].as_py() else 0
-        assert counts["edit_question_rows"] == eligible["n"] and counts["edit_question_failed"] == 2
-        assert server.answered == eligible["n"] - spoilt
+        assert counts["edit_question_rows"] == asked + 1 and counts["edit_question_failed"] == 2 and server.answered == asked
+        [skipped] = lake.query("SELECT skipped FROM op_edit_question WHERE skipped IS NOT NULL")["skipped"].to_pylist()
+        assert skipped.startswith("outside_fraction 0.5000 > ")
         images = [part for part in server.asked[0][0]["messages"][0]["content"] if part["type"] == "image_url"]
         assert len(images) == 2 and images[0] != images[1]
-        verdicts = dict(lake.query("SELECT verdict, count(*) AS n FROM current_verify_triplet GROUP BY ALL").to_pandas().itertuples(index=False))
-        assert verdicts == {"pass": EDITS - 1 - spoilt, "fail": 1 + spoilt} and coverage(lake, "vqa_yes") == 2 + spoilt
+        verdicts = {row["verdict"]: row["n"] for row in lake.query("SELECT verdict, count(*) AS n FROM current_verify_triplet GROUP BY ALL").to_pylist()}
+        # 'no' fails and so does the spoilt one; the busy one and the useless answer leave the condition unevaluated.
+        assert verdicts == {"pass": EDITS - 2, "fail": 2} and coverage(lake, "vqa_yes") == 2 + 1
         # The next night asks the busy one alone and judges it anew; 'perhaps' is an answer, if a useless one.
         before = server.answered
         counts = measured(lake, settings)
         assert (counts["edit_question_rows"], counts["verify_triplet_rows"], server.answered - before) == (1, 1, 1)
-        assert coverage(lake, "vqa_yes") == 1 + spoilt
+        assert coverage(lake, "vqa_yes") == 1 + 1
         assert not any(measured(lake, settings).values()) and server.answered == before + 1
         # Another lake that has these answers pays nothing.
         lake.write(lambda connection: [connection.execute(f"DELETE FROM {table}") for table in ("op_edit_question", "op_verify_triplet")])
