@@ -270,6 +270,12 @@ def verify_report(
         fail(str(error), 2)
     wanted = ("all",) if not faults else None
     print_rows([_as_line(row, faults) for row in rows if wanted is None or row["fault"] in wanted], "table")
+    absent: dict[str, list[str]] = {}
+    for row in rows:
+        for measure in row.get("not_evaluated", ()):
+            absent.setdefault(measure, []).append(f"{row['origin']} {row['edit_type']}")
+    for measure, types in sorted(absent.items()):
+        say(f"not evaluated: {measure} ({', '.join(types)})")
 
 
 def _as_line(row: dict[str, Any], faults: bool) -> dict[str, Any]:
@@ -284,5 +290,4 @@ def _as_line(row: dict[str, Any], faults: bool) -> dict[str, Any]:
         line["fault"] = row["fault"]
     line |= {"true": row.get("true", ""), "passed": row.get("passed", ""), "false": row["false"], "missed": row["missed"]}
     line |= {"recall": share("recall"), "precision": share("precision")}
-    line |= {"caught": share("caught")} if faults else {}
-    return line | {"undecided": row.get("undecided", ""), "not evaluated": ", ".join(row.get("not_evaluated", ()))}
+    return line | ({"caught": share("caught")} if faults else {})
