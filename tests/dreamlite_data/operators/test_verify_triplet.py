@@ -12,6 +12,7 @@ from dreamlite_data import scenes, schema
 from dreamlite_data.operators.change import estimated_mask, regions, similarity_map
 from dreamlite_data.operators.cutouts import DrawnCutOuts
 from dreamlite_data.operators.verify_cases import Case, truth_photos
+from dreamlite_data.operators.verify_measures import measure_triplet
 from dreamlite_data.operators.verify_rules import RuleError, load_rules, read_rules
 from dreamlite_data.operators.verify_truth import composite_truth, exact_truth, report_of, scene_truth
 from dreamlite_data.operators.verify_truth_photos import style_truth
@@ -113,6 +114,25 @@ def test_measures_that_other_operators_took_are_held_to_their_conditions(composi
     recolour = [case for case in composites if case.edit_type == "recolour" and not case.fault][0]
     yes, no = verdicts(case_rows([recolour] * 2), vqa_yes=[True, False])
     assert yes["verdict"] == "pass" and no["failed"] == ["vqa_yes 0.0000 < 1.0000"]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_judged_from_stored_measures_is_judged_from_pixels(masks: bool) -> None:
+    """One decode writes the measures and the judgement reads them back: nothing is lost on the way, neither what does not apply
+    nor what could not be taken."""
+    cases = [*scene_truth(4, SEED), *(case for case in exact_truth(truth_photos(1, SEED)) if case.edit_type in ("blur", "rotate", "sepia"))]
+    if not masks:
+        cases = [dataclasses.replace(case, mask=None) for case in cases]
+    rules, answers = load_rules(), verdicts(case_rows(cases))
+    for case, answer in zip(cases, answers, strict=True):
+        kind = load_taxonomy().edit_type(case.edit_type, case.origin)
+        measures = measure_triplet(case.source, case.target, case.instruction, case.mask, rules.measures(kind))
+        wanted = rules.judge(kind, measures)
+        assert (answer["rule"], answer["verdict"], answer["failed"], answer["not_evaluated"]) == (
+            wanted.rule, wanted.verdict, list(wanted.failed), list(wanted.not_evaluated))  # fmt: skip
+        for name in ("inside_change", "outside_change", "edited_fraction", "structure_outside"):
+            value = measures[name]
+            assert answer[name] == (None if value is None or np.isnan(value) else pytest.approx(np.float32(value), rel=0, abs=0))
 
 
 def test_the_mask_of_a_scene_follows_from_its_reading() -> None:
