@@ -128,7 +128,7 @@ def _clear_caches(lake: Lake, image_ids: set[str]) -> int:
     names = {text for column in stones.columns for text in column.to_pylist() if text}
     for path in sorted(item for name in CACHES for item in (lake.files / name).rglob("*") if item.is_file()):
         content = path.read_bytes()
-        held = path.stem in names or hashlib.sha256(content).hexdigest() in names
+        held = not names.isdisjoint(path.name.split(".")) or hashlib.sha256(content).hexdigest() in names
         if held or any(name in names for name in map(bytes.decode, _ID_BYTES.findall(content))):
             path.unlink()
             gone += 1

@@ -7,12 +7,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dreamlite_data.chat.backends import chat_weights
 from dreamlite_data.executors import Executor
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.describe import Describe
 from dreamlite_data.operators.embed import Embed, Similarity
-from dreamlite_data.operators.run import Measurement, measure_pending
+from dreamlite_data.operators.run import Measurement, measure_pending, withdraw_passing_failures
 from dreamlite_data.operators.safety import Safety, require_extra
 from dreamlite_data.operators.text import Text
 from dreamlite_data.responses import responses_folder
@@ -64,21 +65,22 @@ def _text(lake: Lake, settings: RefreshSettings, executor: Executor, digests: Di
 def _embed(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     if settings.embed.model is None:
         return {"off": "refresh.embed.model is null"}
-    return _measure(lake, settings, executor, Measurement(_made(Embed, settings, digests), ALL_IMAGES, {"bytes": "image_id"}))
+    return _measure(lake, settings, executor, Measurement(embed_operator(Embed, settings, digests), ALL_IMAGES, {"bytes": "image_id"}))
 
 
 def _similarity(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     if settings.embed.model is None:
         return {"off": "refresh.embed.model is null"}
-    embedded = op_version(_made(Embed, settings, digests)())
+    embedded = op_version(embed_operator(Embed, settings, digests)())
     subjects = (
         "SELECT c.caption_id, c.text, e.vector FROM captions c "
         f"JOIN op_embed e ON e.subject_id = c.image_id AND e.op_version = '{embedded}'"
     )
-    return _measure(lake, settings, executor, Measurement(_made(Similarity, settings, digests), subjects))
+    return _measure(lake, settings, executor, Measurement(embed_operator(Similarity, settings, digests), subjects))
 
 
-def _made(operator: Callable[..., Any], settings: RefreshSettings, digests: DigestCache) -> Callable[[], Any]:
+def embed_operator(operator: Callable[..., Any], settings: RefreshSettings, digests: DigestCache) -> Callable[[], Any]:
+    """What builds an operator of the embedding model that the settings name. Raises WeightsError."""
     embed = settings.embed
     weights = weights_digest(embed.model, embed.revision, digests, "refresh.embed.model")
     return functools.partial(operator, embed.model, weights, embed.revision, embed.batch_images, embed.num_gpus)
@@ -90,7 +92,7 @@ def _describe(lake: Lake, settings: RefreshSettings, executor: Executor, digests
         return {"off": "refresh.captions names no styles"}
     total = {"rows": 0, "failed": 0}
     for make in makes:
-        _withdraw_failures(lake, op_version(make()))
+        withdraw_passing_failures(lake, "op_describe", op_version(make()))
         counts = _measure(lake, settings, executor, Measurement(make, CAPTIONED_IMAGES, {"bytes": "image_id"}))
         total = {name: total[name] + counts[name] for name in total}
     return total
@@ -98,18 +100,9 @@ def _describe(lake: Lake, settings: RefreshSettings, executor: Executor, digests
 
 def _describers(lake: Lake, settings: RefreshSettings, digests: DigestCache) -> Iterator[Callable[[], Describe]]:
     for number, backend in enumerate(settings.captions):
-        weights = ""
-        if backend.backend == "transformers":
-            weights = weights_digest(backend.model, backend.revision, digests, f"refresh.captions.{number}.model")
+        weights = chat_weights(backend, digests, f"refresh.captions.{number}")
         for style in backend.styles:
             yield functools.partial(Describe, backend, style, weights, responses_folder(lake.files))
-
-
-def _withdraw_failures(lake: Lake, version: str) -> None:
-    """Make calls pending again that failed for a passing reason; the cache of responses counts how often."""
-    passing = "FROM op_describe WHERE op_version = $version AND retry"
-    if lake.query(f"SELECT count(*) AS n {passing}", {"version": version})["n"][0].as_py():
-        lake.write(lambda connection: connection.execute(f"DELETE {passing}", {"version": version}))
 
 
 def _measure(lake: Lake, settings: RefreshSettings, executor: Executor, measurement: Measurement) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dreamlite_data import downloads, sources
+from dreamlite_data.checks import check_measurement, judgement_steps, withdraw_open_questions
 from dreamlite_data.comparisons import COMPARISONS
 from dreamlite_data.cutout_licences import record_cutouts
 from dreamlite_data.executors import Executor, from_settings
@@ -29,8 +30,6 @@ from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
 from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending
 from dreamlite_data.operators.score import REWARD, TASKS, Score, weights_digest
-from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
-from dreamlite_data.operators.verify_triplet import VerifyTriplet, triplet_subjects
 from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
@@ -217,13 +216,13 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
     active = forget_unused_routes(lake, settings)
     if name == "edit":
         if "edit_composite" in active:
-            digests = DigestCache(_folder(lake) / "digests.json")
+            digests = DigestCache(_folder(lake) / "digests.sqlite")
             record_cutouts(lake, settings.composite, digests)
             digests.save()
         plan = ("edit_plan",) if settings.quotas.steer else ()
         return (*plan, *(route for route in active if route != "edit_pairs"), "quality", "duplicates")
     pairs = ("edit_pairs", "verify_edit") * (1 + settings.edit_pairs.composed) if "edit_pairs" in active else ()
-    return ("verify_edit", *pairs, "verify_triplet")
+    return ("verify_edit", *pairs, *judgement_steps(settings))
 
 
 def _measure_one(lake: Lake, settings: RefreshSettings, executor: Executor, name: str) -> dict[str, int | str]:
@@ -244,25 +243,10 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
         return Measurement(Caption, "SELECT image_id FROM images", {"bytes": "image_id"})
     if name in ROUTES:
         return route_measurement(lake, settings, name)
-    reading = lake.query("SELECT op_version FROM current_versions WHERE name = 'caption'")["op_version"].to_pylist()
-    if not reading:
-        raise LookupError(f"the measurement {name!r} compares with what was read from the images: run 'caption' first")
-    if name == "verify_caption":
-        return Measurement(
-            functools.partial(VerifyCaption, reading[0]),
-            "SELECT c.caption_id, c.text, k.scene_json, coalesce(k.reason, k.error) AS reading_reason FROM captions c "
-            "JOIN current_caption k ON k.subject_id = c.image_id",
-        )
-    if name == "verify_triplet":
-        make = functools.partial(VerifyTriplet, reading[0])
-        return Measurement(make, triplet_subjects(op_version(make())), {"target_bytes": "target_image_id", "source_bytes": "source_image_id"})
-    return Measurement(
-        functools.partial(VerifyEdit, reading[0]),
-        "SELECT e.edit_id, e.instruction, e.target_image_id, e.source_image_id, a.scene_json AS source_scene, "
-        "b.scene_json AS target_scene FROM edits e JOIN current_caption a ON a.subject_id = e.source_image_id "
-        "JOIN current_caption b ON b.subject_id = e.target_image_id",
-        {"target_bytes": "target_image_id", "source_bytes": "source_image_id"},
-    )
+    measurement = check_measurement(lake, settings, name)
+    if name == "edit_question":
+        withdraw_open_questions(lake, measurement)
+    return measurement
 
 
 # --- score -----------------------------------------------------------------------------------------------------------

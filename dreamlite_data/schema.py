@@ -51,6 +51,12 @@ CONTENT: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 
+TRIPLET_MEASURES = (
+    "edited_fraction", "clear_fraction", "inside_change", "outside_change", "structure_outside", "inside_fraction", "outside_fraction",
+    "correlation", "phash_distance", "side_agrees", "count_agrees", "colour_distance", "direction_agrees", "thing_colour_distance",
+    "destination_agrees", "background_distance", "motion_correlation", "style_distance",
+)  # fmt: skip
+
 OPERATORS: dict[str, pa.Schema] = {
     # One row per tar shard, or per file of a folder: what was read, and why a shard was quarantined.
     "op_shard": _schema(
@@ -86,8 +92,10 @@ OPERATORS: dict[str, pa.Schema] = {
     "op_contamination": _schema(
         subject_id=ID, op_version=ID, benchmark=ID, entry=pa.string(), kind=ID, distance=pa.int32(), error=pa.string()
     ),
-    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too.
-    "op_edit": _schema(subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), error=pa.string()),
+    # One row per subject of a route; edit_ids are all triplets it made, rejected tries and inverses too. `retry` as in op_describe.
+    "op_edit": _schema(
+        subject_id=ID, op_version=ID, edits=pa.int32(), edit_ids=pa.list_(pa.string()), retry=pa.bool_(), error=pa.string()
+    ),
     # Only where quotas steer: the types (level1/level2) that each route shall make of an image.
     "op_edit_plan": _schema(
         subject_id=ID, op_version=ID, exact=pa.list_(pa.string()), composite=pa.list_(pa.string()), model=pa.list_(pa.string()), error=pa.string()
@@ -121,6 +129,21 @@ OPERATORS: dict[str, pa.Schema] = {
     ),
     "op_text": _schema(
         subject_id=ID, op_version=ID, text_fraction=pa.float32(), lines=pa.int32(), words=pa.list_(pa.string()), error=pa.string()
+    ),
+    # What the rules of a triplet's type read of its pixels, from the decode of op_verify_edit; verify_measures.py says what each is.
+    # Null: its rule does not read it, or the words do not call for it; `absent` names those that the rule reads and that could not
+    # be taken, as without a mask. `sizes` is set where the pictures differ in size, and then alone.
+    "op_triplet_measures": _schema(
+        subject_id=ID, op_version=ID, rule=ID, sizes=ID, absent=pa.list_(pa.string()), **dict.fromkeys(TRIPLET_MEASURES, pa.float64()), error=pa.string()
+    ),
+    # Cosines of a triplet's embeddings: target picture and its words; the change of the pictures and that of the words.
+    "op_edit_similarity": _schema(
+        subject_id=ID, op_version=ID, model=ID, clip_target=pa.float64(), clip_direction=pa.float64(), error=pa.string()
+    ),
+    # What a chat model says to "was this edit done?"; `skipped` is why it was not asked. `retry` as in op_describe.
+    "op_edit_question": _schema(
+        subject_id=ID, op_version=ID, model=ID, prompt_id=ID, yes=pa.bool_(), answer=pa.string(), skipped=pa.string(), retry=pa.bool_(),
+        error=pa.string(),
     ),
     # verdict: 'pass', 'fail', or 'not_evaluated' where a required measure was not available; rule is the entry of verify_rules.yaml.
     "op_verify_triplet": _schema(

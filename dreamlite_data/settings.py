@@ -32,6 +32,16 @@ class StrictSettings(BaseModel):
         return values
 
 
+def _whole_above_one(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("a model takes a part of one GPU (0.5), or whole ones")
+    return value
+
+
+GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""GPUs of each worker that runs a model. With 0 it runs on the CPU; under Ray it then sees no GPU, wherever it runs."""
+
+
 class ScenesSettings(StrictSettings):
     """The small world as a source. `fault_share` of the rows is broken on purpose, so that filters can be graded."""
 
@@ -70,12 +80,61 @@ class CompositeSettings(StrictSettings):
         return self
 
 
-class EditModelSettings(StrictSettings):
-    """Edits of photos by models, off without `editor`: `instructor` is a folder with a transformers image-text-to-text model that
-    proposes instructions, `editor` a folder with a diffusers editing pipeline. Of `tries` pictures the one that the edit reward
-    in `reward` likes best is kept if it reaches `min_reward`; the others stay as negatives."""
+class ChatSettings(StrictSettings):
+    """A model that answers questions about pictures. `transformers` takes `model` as a folder or hub id (with `revision`),
+    `endpoint` as the name that the OpenAI-compatible server at `base_url` serves; its key comes from the environment variable
+    `key_variable`. What it answered is kept, so that no question is paid for twice."""
 
-    instructor: Path | None = None
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "key_variable", "timeout_s", "attempts", "concurrency", "tries", "num_gpus", "batch_images"}
+    )
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {"transformers": ("model",), "endpoint": ("model", "base_url")}
+    FOREIGN: ClassVar[dict[str, tuple[str, ...]]] = {"transformers": ("base_url",), "endpoint": ("revision",)}
+
+    backend: Literal["transformers", "endpoint"] = "transformers"
+    model: str | None = None
+    revision: str | None = None
+    base_url: str | None = Field(None, pattern=r"^https?://[^\s]+$")
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    timeout_s: float = Field(60.0, gt=0, le=3600)
+    attempts: int = Field(3, ge=1, le=10)
+    concurrency: int = Field(8, ge=1, le=256)
+    tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
+    num_gpus: GpuShare = 0.0
+    batch_images: int = Field(8, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_folder(cls, values: Any) -> Any:
+        """A path alone is a model of transformers that lies there."""
+        return {"backend": "transformers", "model": str(values)} if isinstance(values, (str, Path)) else values
+
+    @model_validator(mode="after")
+    def _fits_its_backend(self) -> ChatSettings:
+        missing = [name for name in self.NEEDS[self.backend] if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"the {self._called} {self.backend!r} also needs {' and '.join(missing)}")
+        given = [name for name in self.FOREIGN[self.backend] if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"the {self._called} {self.backend!r} has no {' or '.join(given)}: take it out, or choose another backend")
+        return self
+
+    _called: ClassVar[str] = "chat backend"
+
+    def name(self) -> str:
+        """What its answers are signed with."""
+        return str(self.model) if self.backend == "endpoint" else Path(str(self.model)).name
+
+
+class EditModelSettings(StrictSettings):
+    """Edits of photos by models, off without `editor`: `instructor` proposes instructions (a folder with a transformers
+    image-text-to-text model, or a chat model as in ChatSettings), `editor` is a folder with a diffusers editing pipeline. Of `tries`
+    pictures the one that the edit reward in `reward` likes best is kept if it reaches `min_reward`; the others stay as negatives.
+    Every picture made is kept until `picture_cache_mb` are full, the least used go first, so that none is paid for twice."""
+
+    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset({"picture_cache_mb"})
+
+    instructor: ChatSettings | None = None
     editor: Path | None = None
     reward: Path | None = None
     per_image: int = Field(1, ge=1)
@@ -84,11 +143,12 @@ class EditModelSettings(StrictSettings):
     inference_steps: int = Field(28, ge=1)
     max_new_tokens: int = Field(256, ge=8, le=4096)
     device: str = "cpu"
+    picture_cache_mb: int = Field(4096, ge=1)
 
     @model_validator(mode="after")
     def _whole_or_off(self) -> EditModelSettings:
         if self.editor is not None and self.instructor is None:
-            raise ValueError("refresh.edit_model.editor needs an instructor that says what to edit: give the folder of an image-text-to-text model")
+            raise ValueError("refresh.edit_model.editor needs an instructor that says what to edit: give the folder of an image-text-to-text model, or an endpoint")
         if self.editor is not None and self.tries > 1 and self.reward is None:
             raise ValueError("refresh.edit_model.tries above 1 needs a reward that chooses: give the folder of an EditReward, or set tries to 1")
         if self.min_reward is not None and self.reward is None:
@@ -284,55 +344,25 @@ class PolicySettings(StrictSettings):
         return tuple(self.splits) or ("train", "heldout")
 
 
-def _whole_above_one(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise ValueError("a model takes a part of one GPU (0.5), or whole ones")
-    return value
-
-
-GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
-"""GPUs of each worker that runs a model. With 0 it runs on the CPU; under Ray it then sees no GPU, wherever it runs."""
-
 CaptionStyle = Literal["tag", "short", "medium", "dense"]
 
 
-class CaptionBackend(StrictSettings):
-    """Who writes captions, in which styles. The scene reader reads every image anyway, for verification; with styles it also
-    writes them. `transformers` takes `model` as a folder or hub id (with `revision`), `endpoint` as the name that the
-    OpenAI-compatible server at `base_url` serves; its key comes from the environment variable `key_variable`."""
+class CaptionBackend(ChatSettings):
+    """Who writes captions, in which styles: a chat model, or the scene reader, which reads every image anyway, for verification,
+    and with styles also writes them."""
 
-    EXEC_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "key_variable", "timeout_s", "attempts", "concurrency", "tries", "num_gpus", "batch_images"}
-    )
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "scene": (), "transformers": ("model", "styles"), "endpoint": ("model", "base_url", "styles"),
+    }  # fmt: skip
+    FOREIGN: ClassVar[dict[str, tuple[str, ...]]] = {**ChatSettings.FOREIGN, "scene": ("model", "revision", "base_url")}
+    _called: ClassVar[str] = "captions backend"
 
     backend: Literal["scene", "transformers", "endpoint"] = "scene"
     styles: tuple[CaptionStyle, ...] = ()
-    model: str | None = None
-    revision: str | None = None
-    base_url: str | None = Field(None, pattern=r"^https?://[^\s]+$")
-    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    timeout_s: float = Field(60.0, gt=0, le=3600)
-    attempts: int = Field(3, ge=1, le=10)
-    concurrency: int = Field(8, ge=1, le=256)
-    tries: int = Field(3, ge=1, le=100, description="refreshes that may make a call which fails for a passing reason")
-    num_gpus: GpuShare = 0.0
-    batch_images: int = Field(8, ge=1)
-
-    @model_validator(mode="after")
-    def _fits_its_backend(self) -> CaptionBackend:
-        needed = {"scene": (), "transformers": ("model", "styles"), "endpoint": ("model", "base_url", "styles")}[self.backend]
-        missing = [name for name in needed if not getattr(self, name)]
-        if missing:
-            raise ValueError(f"the captions backend {self.backend!r} also needs {' and '.join(missing)}")
-        foreign = {"scene": ("model", "revision", "base_url"), "transformers": ("base_url",), "endpoint": ("revision",)}[self.backend]
-        given = [name for name in foreign if getattr(self, name) is not None]
-        if given:
-            raise ValueError(f"the captions backend {self.backend!r} has no {' or '.join(given)}: take it out, or choose another backend")
-        return self
 
     def name(self) -> str:
         """What its captions are signed with."""
-        return "scene-reader" if self.model is None else self.model if self.backend == "endpoint" else Path(self.model).name
+        return "scene-reader" if self.model is None else super().name()
 
 
 class EmbedSettings(StrictSettings):
@@ -344,6 +374,13 @@ class EmbedSettings(StrictSettings):
     revision: str | None = None
     num_gpus: GpuShare = 0.0
     batch_images: int = Field(16, ge=1)
+
+
+class JudgeSettings(ChatSettings):
+    """A chat model that says of an edit whether it was done, where a rule of verify_rules.yaml wants to know. `max_new_tokens`
+    bounds its answer: a word, or the thoughts of a reasoning model and a word."""
+
+    max_new_tokens: int = Field(16, ge=4, le=8192)
 
 
 class SafetySettings(StrictSettings):
@@ -423,6 +460,7 @@ class RefreshSettings(StrictSettings):
     safety: SafetySettings = SafetySettings()
     text: TextSettings = TextSettings()
     scoring: ScoringSettings = ScoringSettings()
+    judge: JudgeSettings | None = None
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=1)
 

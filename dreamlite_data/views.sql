@@ -35,6 +35,16 @@ SELECT * FROM op_verify_edit WHERE op_version = (SELECT op_version FROM current_
 CREATE OR REPLACE VIEW current_verify_triplet AS
 SELECT * FROM op_verify_triplet WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'verify_triplet');
 
+-- What the rules read of each triplet's pixels; `absent` names what could not be measured.
+CREATE OR REPLACE VIEW current_triplet_measures AS
+SELECT * FROM op_triplet_measures WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'verify_edit');
+
+CREATE OR REPLACE VIEW current_edit_similarity AS
+SELECT * FROM op_edit_similarity WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'edit_similarity');
+
+CREATE OR REPLACE VIEW current_edit_question AS
+SELECT * FROM op_edit_question WHERE op_version = (SELECT op_version FROM current_versions WHERE name = 'edit_question');
+
 -- Triplets that our own routes made, by the current version of each: exact operators, compositing, models, pairs.
 CREATE OR REPLACE VIEW made_edits AS
 SELECT edit_id, min(name) AS operator, arg_min(subject_id, name) AS subject_id
@@ -341,6 +351,19 @@ FROM current_verify_triplet
 WHERE error IS NULL
 GROUP BY rule
 ORDER BY rule;
+
+-- The same per condition: how often one was not evaluated, and how often it failed.
+CREATE OR REPLACE VIEW condition_coverage AS
+WITH judged AS (SELECT rule, failed, not_evaluated FROM current_verify_triplet WHERE error IS NULL),
+named AS (
+    SELECT rule, unnest(not_evaluated) AS measure, 'not_evaluated' AS outcome FROM judged
+    UNION ALL SELECT rule, split_part(unnest(failed), ' ', 1), 'failed' FROM judged
+)
+SELECT n.rule, n.measure, count(*) FILTER (WHERE outcome = 'not_evaluated') AS not_evaluated,
+       count(*) FILTER (WHERE outcome = 'failed') AS failed, (SELECT count(*) FROM judged j WHERE j.rule = n.rule) AS triplets
+FROM named n
+GROUP BY n.rule, n.measure
+ORDER BY n.rule, n.measure;
 
 -- Rows into and out of each rule, in the order of the policy, for the newest version of each dataset.
 CREATE OR REPLACE VIEW funnel AS

@@ -253,17 +253,29 @@ def verify_report(
     scene_edits: Annotated[int, typer.Option(min=1, help="Edits of the small world.")] = 400,
     masks: Annotated[bool, typer.Option(help="--no-masks withholds the masks, as with sets that bring none.")] = True,
     faults: Annotated[bool, typer.Option("--faults", help="Also a line for each planted fault: how much of it is caught.")] = False,
+    ocr: Annotated[bool, typer.Option(help="Read the words of text edits (extra 'ocr'). --no-ocr leaves those conditions unevaluated.")] = False,
     cutouts: Annotated[
         Path | None, typer.Option(help="Folder of PNG cut-outs with names. Default: shapes that are drawn here.", file_okay=False, exists=True)
     ] = None,
 ) -> None:  # fmt: skip
-    """Measure the rules that verify edits on edits whose truth is known: precision and recall a type, with 95 % intervals."""
+    """Measure the rules that verify edits on edits whose truth is known: precision and recall a type, with 95 % intervals, and
+    the conditions that nothing was there to evaluate."""
     from dreamlite_data.operators.cutouts import CutOutFolder
+    from dreamlite_data.operators.safety import MissingExtra
     from dreamlite_data.operators.verify_truth import verify_report as report
 
-    rows = report(seed, photos, scene_edits, CutOutFolder(cutouts, "") if cutouts else None, masks)
+    try:
+        rows = report(seed, photos, scene_edits, CutOutFolder(cutouts, "") if cutouts else None, masks, ocr=ocr)
+    except MissingExtra as error:
+        fail(str(error), 2)
     wanted = ("all",) if not faults else None
     print_rows([_as_line(row, faults) for row in rows if wanted is None or row["fault"] in wanted], "table")
+    absent: dict[str, list[str]] = {}
+    for row in rows:
+        for measure in row.get("not_evaluated", ()):
+            absent.setdefault(measure, []).append(f"{row['origin']} {row['edit_type']}")
+    for measure, types in sorted(absent.items()):
+        say(f"not evaluated: {measure} ({', '.join(types)})")
 
 
 def _as_line(row: dict[str, Any], faults: bool) -> dict[str, Any]:

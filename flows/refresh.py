@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import trainers
-from dreamlite_data.settings import ExtraSource, RefreshSettings
+from dreamlite_data.settings import ChatSettings, ExtraSource, RefreshSettings
 from flows.config import PipelineConfig
 from flows.key import digest, spec_of
 from flows.step import Edge, Step, StepContext, StepResult, step_id
@@ -37,6 +37,8 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     code = ("dreamlite_data.refresh",)
     sources = {"scenes": spec_of(settings.scenes), "photos": spec_of(settings.photos)}
     edit_routes = {"composite": spec_of(settings.composite, EDIT_FOLDERS), "edit_model": spec_of(settings.edit_model, EDIT_FOLDERS)}
+    if settings.edit_model.instructor is not None:
+        edit_routes["instructor"] = _chat_spec(settings.edit_model.instructor)
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
     fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
     downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}
@@ -79,9 +81,12 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
                 "edit_pairs": spec_of(settings.edit_pairs),
                 "benchmarks": [benchmark.name for benchmark in settings.benchmarks],
                 "semantic": spec_of(settings.semantic),
+                **({"judge": _chat_spec(settings.judge)} if settings.judge is not None else {}),
             },
             "Check captions and edits against the pixels, and everything against the benchmarks.",
-            external=lambda: {benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks},
+            external=lambda: {
+                **{benchmark.name: content_digest(benchmark.path) for benchmark in settings.benchmarks}, **_judge_folder(settings)
+            },
         ),
         Step(
             "score",
@@ -114,7 +119,9 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
 def edit_folders(settings: RefreshSettings) -> dict[str, str]:
     """{setting: digest} of the folders that edit routes read."""
     models = settings.edit_model
-    named = {"cutouts": settings.composite.cutouts, "instructor": models.instructor, "editor": models.editor, "reward": models.reward}
+    named = {"cutouts": settings.composite.cutouts, "editor": models.editor, "reward": models.reward}
+    if models.instructor is not None and Path(models.instructor.model).is_dir():
+        named["instructor"] = Path(models.instructor.model)
     return {name: folder_digest(Path(path)) for name, path in sorted(named.items()) if path is not None}
 
 
@@ -144,6 +151,17 @@ def _model_folders(settings: RefreshSettings) -> list[str]:
     """Models given as folders: their content counts, wherever they lie."""
     models = [backend.model for backend in settings.captions if backend.backend == "transformers"]
     return [model for model in (*models, settings.embed.model, settings.safety.watermark) if model is not None and Path(model).is_dir()]
+
+
+def _chat_spec(chat: ChatSettings) -> dict[str, Any]:
+    """What decides the answers of a chat model, for a key. Of one in a folder the content counts, not where it lies."""
+    return spec_of(chat, ("model",) if Path(str(chat.model)).is_dir() else ())
+
+
+def _judge_folder(settings: RefreshSettings) -> dict[str, str]:
+    """The judge's weights where they lie in a folder."""
+    judge = settings.judge
+    return {"judge": folder_digest(Path(judge.model))} if judge is not None and Path(judge.model).is_dir() else {}
 
 
 def _measure_step(

@@ -17,6 +17,10 @@ from dreamlite_data.inference import worker_threads
 from dreamlite_data.responses import CallFailed, Response, Responses
 
 
+class LocalChatError(RuntimeError):
+    """There is no chat model where the settings say; the message names the place and why."""
+
+
 class LocalChat:
     """`model` is a folder or a hub id (then with `revision`), `digest` the digest of its weights. `batch` questions pass at
     once on a GPU; on a CPU each passes alone, so that its answer does not depend on its neighbours' padding."""
@@ -28,7 +32,7 @@ class LocalChat:
         self._model, self._revision, self._batch = model, revision, batch
 
     def ask(self, kind: str, questions: Sequence[Question], responses: Responses) -> list[Response]:
-        """As in ChatModel."""
+        """As in ChatModel. Raises LocalChatError where a question is open and there is no model."""
         calls = [call_of(self, kind, question) for question in questions]
         answers = [responses.find(call) for call in calls]
         # Equal lengths share a generate call; the order within is that of the questions.
@@ -113,7 +117,10 @@ class _Loaded:
 
 @functools.cache
 def _load(model: str, revision: str | None) -> _Loaded:
-    return _Loaded(model, revision)
+    try:
+        return _Loaded(model, revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise LocalChatError(f"{model} holds no image-text-to-text model with its processor: {error}") from error
 
 
 def load_processor(model: str, revision: str | None) -> Any:

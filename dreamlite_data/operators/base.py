@@ -148,11 +148,13 @@ def write_table(table: str, rows: pa.Table, staging: Path, key: str) -> str:
 
 def by_row(function: Callable[[dict[str, Any]], dict[str, Any]], rows: pa.Table, subject: str, table_schema: pa.Schema) -> pa.Table:
     """Apply `function` to each row; whatever it raises becomes that row's error."""
-    answers = []
-    for row in rows.to_pylist():
-        try:
-            answer = function(row)
-        except Exception as error:  # the contract: a bad row is a result
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        answers.append({"subject_id": row[subject], **answer})
+    answers = [{"subject_id": row[subject], **answered(function, row)} for row in rows.to_pylist()]
     return pa.Table.from_pylist(answers, schema=table_schema)
+
+
+def answered(function: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """What `function` answers, or its exception as an error."""
+    try:
+        return function(*given)
+    except Exception as error:  # the contract: a bad row is a result
+        return {"error": f"{type(error).__name__}: {error}"[:500]}

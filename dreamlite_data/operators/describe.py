@@ -14,7 +14,8 @@ import pyarrow as pa
 import yaml
 
 from dreamlite_data import schema
-from dreamlite_data.chat import ChatModel, EndpointChat, LocalChat, Question
+from dreamlite_data.chat import ChatModel, Question
+from dreamlite_data.chat.backends import chat_model
 from dreamlite_data.operators.caption import Captioner, Described, Picture, SceneCaptioner
 from dreamlite_data.operators.ingest import caption_id
 from dreamlite_data.responses import Response, Responses
@@ -95,14 +96,7 @@ class Describe:
         backend = self.backend
         if backend.backend == "scene":
             return SceneCaptioner()
-        if backend.backend == "endpoint":
-            model: ChatModel = EndpointChat(
-                backend.model, backend.base_url, key_variable=backend.key_variable, timeout_s=backend.timeout_s,
-                attempts=backend.attempts, concurrency=backend.concurrency,
-            )  # fmt: skip
-        else:
-            model = LocalChat(backend.model, self.weights, revision=backend.revision, batch=backend.batch_images)
-        return ChatCaptioner(model, Responses(self.responses, backend.tries))
+        return ChatCaptioner(chat_model(backend, self.weights), Responses(self.responses, backend.tries))
 
     def _row(self, image_id: str, captioner: Captioner, answer: Described) -> dict[str, Any]:
         return {

@@ -14,11 +14,13 @@ import pyarrow as pa
 from dreamlite_data import schema
 from dreamlite_data.images import decode_stored, encode_png
 from dreamlite_data.operators.base import by_row
+from dreamlite_data.operators.caption import Picture
 from dreamlite_data.operators.change import LEAST_CHANGE, changed_pixels, encode_mask
 from dreamlite_data.operators.draw import pick, shuffled
 from dreamlite_data.operators.exact import OPERATIONS, Operation, Pixels, Words
 from dreamlite_data.operators.ingest import edit_id
 from dreamlite_data.operators.ingest_rows import instruction_id
+from dreamlite_data.responses import CallFailed
 from dreamlite_data.taxonomy import load_taxonomy
 
 
@@ -59,7 +61,8 @@ class Try:
 
 class Instructor(Protocol):
     """Says what to ask for, in order of preference. `digest` names weights or data behind it. One with a model has a method
-    `prepare()` that loads it, as may an editor. `wanted` are the only types (level1/level2) that will be taken, where a plan says so."""
+    `prepare(pictures, wanted)`, as may an editor: it is called with all pictures of a task before the first of them. `wanted` are
+    the only types (level1/level2) that will be taken of a picture, where a plan says so; with several pictures, those of each."""
 
     name: str
     digest: str
@@ -145,18 +148,25 @@ class Edit:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         self._rows = {name: {} for name in ("images", "edits", "instructions", "edit_masks", "edit_parts")}
+        pictures = [Picture(row["image_id"], row["bytes"]) for row in rows.select(["image_id", "bytes"]).to_pylist()]
+        wanted = rows["wanted"].to_pylist() if self.plan else [[] for _ in pictures]
         for part in (self.instructor, self.editor):
             if hasattr(part, "prepare"):
-                part.prepare()  # a model that is not there is the user's mistake, not a bad row: it must end the run
+                part.prepare(pictures, wanted)  # a model that is not there is the user's mistake, not a bad row: it must end the run
         return by_row(self._one, rows, "image_id", self.schema)
 
     def _one(self, row: dict[str, Any]) -> dict[str, Any]:
-        pixels, image_id = decode_stored(row["bytes"]), row["image_id"]
+        try:
+            return self._made(decode_stored(row["bytes"]), row["image_id"], row["wanted"] if self.plan else ())
+        except CallFailed as failure:
+            return {"error": str(failure)[:500], "retry": failure.transient}
+
+    def _made(self, pixels: Pixels, image_id: str, wanted: Sequence[str]) -> dict[str, Any]:
         made: list[str] = []
         accepted = 0
         if self.plan:
-            requests = list(self.instructor.requests(pixels, image_id, row["wanted"]))
-            for kind in row["wanted"]:
+            requests = list(self.instructor.requests(pixels, image_id, wanted))
+            for kind in wanted:
                 accepted += self._first_of_kind(kind, requests, pixels, image_id, made)
         else:
             for request in self.instructor.requests(pixels, image_id):

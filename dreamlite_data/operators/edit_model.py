@@ -1,136 +1,80 @@
-"""Edits by models: a vision-language model proposes instructions, a diffusers pipeline makes the pictures, a reward chooses.
-Models load from folders with the first picture, from safetensors only, and once per worker."""
+"""Edits by models: a diffusers pipeline makes several pictures for an instruction, a reward chooses among them.
+Both load from folders with the first picture, from safetensors only, once per worker; pictures and rewards are kept per call."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import inspect
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dreamlite_data.chat.local import load_processor
+from dreamlite_data.images import decode_stored, encode_png
 from dreamlite_data.inference import worker_threads
+from dreamlite_data.operators.caption import Picture
 from dreamlite_data.operators.change import LEAST_CHANGE, Pixels, changed_pixels
 from dreamlite_data.operators.draw import draw_bits
-from dreamlite_data.operators.edit import Form, Request, Try
+from dreamlite_data.operators.edit import Request, Try
 from dreamlite_data.operators.score import reward_model
-from dreamlite_data.taxonomy import UNMAPPED, load_taxonomy
-
-PROMPT = (
-    "Propose {count} different edits of this picture, each grounded in what it shows. Write one per line, as type: instruction. "
-    "The type is one of {types}. The instruction is one plain imperative sentence of at most 25 words."
-)
-MIN_CHARACTERS, MAX_CHARACTERS = 4, 300
-_LINE = re.compile(r"^\s*(?:[-*]|\d+[.)])?\s*(?:\**([A-Za-z][A-Za-z_ /-]{1,30}?)\**\s*:)?\s*(.+?)\s*$")
+from dreamlite_data.pictures import Pictures
+from dreamlite_data.responses import Call, CallFailed, Responses
 
 
 class EditModelError(RuntimeError):
     """A model cannot be used as it is configured; the message says which folder and why."""
 
 
-def _prompt_id(prompt: str) -> str:
-    return f"vlm/{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
-
-
-class VlmInstructor:
-    """An image-text-to-text model of transformers by folder. Its answer is read line by line; each line that is a sentence of
-    sensible length is a request, with the type it names, or unmapped."""
-
-    name = "vlm"
-
-    def __init__(self, folder: Path | str, weights: str, count: int, max_new_tokens: int = 256, device: str = "cpu") -> None:
-        self.folder, self.count, self.max_new_tokens, self.device = str(folder), count, max_new_tokens, device
-        types = ", ".join(sorted({level2 for names in load_taxonomy().levels.values() for level2 in names}))
-        self.prompt = PROMPT.format(count=count, types=types)
-        self.prompt_id = _prompt_id(self.prompt)
-        self.digest = f"{weights} {self.prompt_id} {max_new_tokens}"
-
-    def prepare(self) -> None:
-        """Load the model; raises EditModelError where there is none."""
-        _vlm(self.folder, self.device)
-
-    def requests(self, pixels: Pixels, image_id: str, wanted: Sequence[str] = ()) -> Iterable[Request]:
-        count, prompt = self.count, self.prompt
-        if wanted:  # by a plan: only these types are asked for, for no other would be taken
-            count, prompt = len(wanted), PROMPT.format(count=len(wanted), types=", ".join(sorted(set(wanted))))
-        for edit_type, words in parse_proposals(self.answer(pixels, prompt))[:count]:
-            form = Form("long" if len(words.split()) > 12 else "short", words, _prompt_id(prompt))
-            yield Request(edit_type, words, (form,))
-
-    def answer(self, pixels: Pixels, prompt: str | None = None) -> str:
-        """What the model says to the prompt (by default its own), decoded greedily: equal pictures give equal words."""
-        import torch
-
-        model, processor = _vlm(self.folder, self.device)
-        image = {"type": "image", "image": Image.fromarray(pixels)}
-        messages = [{"role": "user", "content": [image, {"type": "text", "text": prompt or self.prompt}]}]
-        with worker_threads(), torch.inference_mode():
-            inputs = processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(self.device)
-            tokens = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-
-
-def parse_proposals(answer: str) -> list[tuple[str, str]]:
-    """(edit type, instruction) of every usable line of a model's answer, each instruction once. A type that the taxonomy does
-    not know is 'unmapped'; control characters and lines that are no sentence are passed over."""
-    found: dict[str, tuple[str, str]] = {}
-    for line in answer.splitlines():
-        match = _LINE.match("".join(character for character in line if character.isprintable()))
-        if match is None:
-            continue
-        label, words = match.groups()
-        words = words.strip(" \"'*")
-        known = label is not None and load_taxonomy().edit_type(label).level1 != UNMAPPED
-        if label is not None and not known:
-            words = f"{label}: {words}" if " " in label else words  # a colon within the sentence, not a type before it
-        if MIN_CHARACTERS <= len(words) <= MAX_CHARACTERS and any(character.isalpha() for character in words):
-            found.setdefault(words.lower(), (label.strip().lower() if known and label else UNMAPPED, words))
-    return list(found.values())
-
-
 class PipelineEditor:
     """Any diffusers pipeline by folder whose call takes `prompt` and `image`. It makes `tries` pictures from seeds of (image,
-    instruction, number); the reward keeps the best, and the others are rejected with the reason."""
+    instruction, number); the reward keeps the best, and the others are rejected with the reason. A picture is kept in
+    `pictures` under (image, instruction, weights, seed), what the reward gave it in `responses`: neither is made twice."""
 
     name = "model"
 
     def __init__(
-        self, folder: Path | str, weights: str, tries: int, inference_steps: int, device: str = "cpu", reward: Path | str | None = None,
-        reward_weights: str = "", min_reward: float | None = None,
+        self, folder: Path | str, weights: str, tries: int, inference_steps: int, pictures: Pictures, responses: Responses, *,
+        device: str = "cpu", reward: Path | str | None = None, reward_weights: str = "", min_reward: float | None = None,
     ) -> None:  # fmt: skip
-        self.folder, self.count, self.steps, self.device = str(folder), tries, inference_steps, device
-        self.reward, self.min_reward = str(reward) if reward else None, min_reward
+        self.folder, self.weights, self.count, self.steps, self.device = str(folder), weights, tries, inference_steps, device
+        self.pictures, self.responses = pictures, responses
+        self.reward, self.reward_weights, self.min_reward = str(reward) if reward else None, reward_weights, min_reward
         settings = f"tries={tries} steps={inference_steps} min_reward={min_reward}"
         self.digest = f"{weights} {reward_weights} {settings}"
 
-    def prepare(self) -> None:
-        """Load pipeline and reward; raises EditModelError or RewardCheckpointError where there is none."""
+    def prepare(self, pictures: Sequence[Picture], wanted: Sequence[Sequence[str]] = ()) -> None:
+        """Load pipeline and reward, and make room; raises EditModelError or RewardCheckpointError where there is no model."""
         _pipeline(self.folder, self.device)
         if self.reward is not None:
             reward_model(self.reward)
+        self.pictures.trim()
 
     def tries(self, pixels: Pixels, image_id: str, request: Request) -> list[Try]:
+        """As in Editor: one try a seed, all but the best rejected."""
         with worker_threads():
-            pictures = [self._picture(pixels, image_id, request.instruction, number) for number in range(self.count)]
-            rewards = self._rewards(pixels, pictures, request.instruction)
-        return [
-            Try(request, picture, reject_reason=reason)
-            for picture, reason in zip(pictures, choose(pixels, pictures, rewards, self.min_reward), strict=True)
-        ]
+            payloads = [self._picture(pixels, image_id, request.instruction, number) for number in range(self.count)]
+            made = [decode_stored(payload) for payload in payloads]
+            rewards = [self._reward(pixels, image_id, *pair, request.instruction) for pair in zip(payloads, made, strict=True)]
+        reasons = choose(pixels, made, rewards, self.min_reward)
+        return [Try(request, picture, reject_reason=reason) for picture, reason in zip(made, reasons, strict=True)]
 
-    def _picture(self, pixels: Pixels, image_id: str, instruction: str, number: int) -> Pixels:
+    def _picture(self, pixels: Pixels, image_id: str, instruction: str, number: int) -> bytes:
+        """The PNG of one seed, kept or made now."""
+        seed = draw_bits("edit model", image_id, instruction, number) % 2**63
+        call = Call("edit", self.weights, instruction, {"steps": self.steps, "seed": seed}, (image_id,))
+        payload = self.pictures.find(call)
+        if payload is None:
+            payload = encode_png(self._make(pixels, instruction, seed))
+            self.pictures.keep(call, payload)
+        return payload
+
+    def _make(self, pixels: Pixels, instruction: str, seed: int) -> Pixels:
         import torch
 
         pipeline = _pipeline(self.folder, self.device)
-        seed = draw_bits("edit model", image_id, instruction, number) % 2**63
         height, width = pixels.shape[:2]
         wanted = {"num_inference_steps": self.steps, "height": height, "width": width, "generator": torch.Generator("cpu").manual_seed(seed)}
         accepted = inspect.signature(pipeline.__call__).parameters
@@ -140,12 +84,19 @@ class PipelineEditor:
             made = np.asarray(picture.images[0].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
         return made
 
-    def _rewards(self, pixels: Pixels, pictures: list[Pixels], instruction: str) -> list[float | None]:
+    def _reward(self, pixels: Pixels, image_id: str, payload: bytes, made: Pixels, instruction: str) -> float | None:
+        """What the reward gives one picture, kept or asked now; None without a reward, or where it cannot score it. Each is
+        scored alone, so that its last bit does not depend on which of the others were kept."""
         if self.reward is None:
-            return [None] * len(pictures)
-        source = Image.fromarray(pixels)
-        scores = reward_model(self.reward).score([Image.fromarray(one) for one in pictures], [instruction] * len(pictures), [source] * len(pictures))
-        return [None if error else float(mu) for mu, error in zip(scores.mu, scores.errors, strict=True)]
+            return None
+        call = Call("judge", self.reward_weights, instruction, {}, (image_id, hashlib.sha256(payload).hexdigest()))
+        return self.responses.answer(call, lambda: self._judge(pixels, made, instruction)).value
+
+    def _judge(self, pixels: Pixels, made: Pixels, instruction: str) -> float:
+        scores = reward_model(self.reward).score([Image.fromarray(made)], [instruction], [Image.fromarray(pixels)])
+        if scores.errors[0]:
+            raise CallFailed(scores.errors[0])
+        return float(scores.mu[0])
 
 
 def choose(source: Pixels, pictures: list[Pixels], rewards: list[float | None], min_reward: float | None) -> list[str | None]:
@@ -174,18 +125,6 @@ def choose(source: Pixels, pictures: list[Pixels], rewards: list[float | None], 
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _vlm(folder: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        processor = load_processor(folder, None)
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise EditModelError(f"{folder} holds no image-text-to-text model with its processor: {error}") from error
-    return model.to(device).eval(), processor
 
 
 @functools.cache

@@ -4,7 +4,9 @@ A route that is switched off leaves its rows in the lake and its triplets out of
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
+from dreamlite_data.chat.backends import chat_model, chat_weights
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.composite import CompositeEditor, CompositeInstructor, open_cutouts
@@ -12,7 +14,9 @@ from dreamlite_data.operators.cutouts import folder_digest
 from dreamlite_data.operators.edit import Edit, ExactEditor, ExactInstructor
 from dreamlite_data.operators.edit_plan import EditPlan
 from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, Pairs
-from dreamlite_data.operators.run import Measurement, make_current
+from dreamlite_data.operators.run import Measurement, make_current, withdraw_passing_failures
+from dreamlite_data.pictures import Pictures, pictures_folder
+from dreamlite_data.responses import Responses, responses_folder
 from dreamlite_data.settings import EditModelSettings, RefreshSettings
 from dreamlite_data.sources.base import DigestCache
 from dreamlite_data.weights import weights_digest
@@ -67,12 +71,14 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
         make = functools.partial(composite_route, settings.composite.per_image, str(folder) if folder else None, digest, settings.composite.inverse, plan)
     else:
         models = settings.edit_model
-        folders = {part: path for part in ("instructor", "editor", "reward") if (path := getattr(models, part)) is not None}
+        folders = {part: path for part in ("editor", "reward") if (path := getattr(models, part)) is not None}
         lost = [f"refresh.edit_model.{part} ({path})" for part, path in folders.items() if not path.is_dir()]
         if lost:
             raise FileNotFoundError(f"there is no model folder at {', '.join(lost)}: correct the path or mount it")
         weights = {part: weights_digest(str(path), None, digests, f"refresh.edit_model.{part}") for part, path in folders.items()}
-        make = functools.partial(model_route, models, weights, plan)
+        weights["instructor"] = chat_weights(models.instructor, digests, "refresh.edit_model.instructor")
+        make = functools.partial(model_route, models, weights, lake.files, plan)
+        withdraw_passing_failures(lake, "op_edit", op_version(make()))
     digests.save()
     return Measurement(make, images, {"bytes": "image_id"})
 
@@ -105,13 +111,21 @@ def composite_route(count: int, folder: str | None, digest: str, inverse: bool, 
     return Edit(count, CompositeInstructor(cutouts), CompositeEditor(cutouts, inverse), "edit_composite", plan=plan)
 
 
-def model_route(settings: EditModelSettings, digests: dict[str, str], plan: str = "") -> Edit:
-    """A vision-language model that proposes and a diffusion pipeline that edits. Nothing is loaded before the first picture."""
-    from dreamlite_data.operators.edit_model import PipelineEditor, VlmInstructor
+def model_route(settings: EditModelSettings, digests: dict[str, str], lake_files: Path, plan: str = "") -> Edit:
+    """A vision-language model that proposes and a diffusion pipeline that edits; what either gave is kept below `lake_files`.
+    Nothing is loaded before the first picture."""
+    from dreamlite_data.operators.edit_model import PipelineEditor
+    from dreamlite_data.operators.instruction_model import VlmInstructor
 
-    instructor = VlmInstructor(settings.instructor, digests["instructor"], settings.per_image, settings.max_new_tokens, settings.device)
-    editor = PipelineEditor(
-        settings.editor, digests["editor"], settings.tries, settings.inference_steps, settings.device,
-        settings.reward, digests.get("reward", ""), settings.min_reward,
+    folder = responses_folder(lake_files)
+    instructor = VlmInstructor(
+        chat_model(settings.instructor, digests["instructor"]), Responses(folder, settings.instructor.tries), settings.per_image,
+        settings.max_new_tokens,
     )  # fmt: skip
-    return Edit(settings.per_image, instructor, editor, "edit_model", float(settings.device.startswith("cuda")), plan)
+    editor = PipelineEditor(
+        settings.editor, digests["editor"], settings.tries, settings.inference_steps,
+        Pictures(pictures_folder(lake_files), settings.picture_cache_mb), Responses(folder), device=settings.device,
+        reward=settings.reward, reward_weights=digests.get("reward", ""), min_reward=settings.min_reward,
+    )  # fmt: skip
+    gpus = max(float(settings.device.startswith("cuda")), settings.instructor.num_gpus)
+    return Edit(settings.per_image, instructor, editor, "edit_model", gpus, plan)

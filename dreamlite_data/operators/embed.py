@@ -71,7 +71,7 @@ def encoder(model: str, revision: str | None, batch: int) -> Encoder:
     return Encoder(model, revision, batch)
 
 
-class _Tower:
+class Tower:
     """What the operators of one model share: how it is named in every key, how it runs, and the shape of their rows."""
 
     schema: pa.Schema
@@ -96,7 +96,7 @@ class _Tower:
         )
 
 
-class Embed(_Tower):
+class Embed(Tower):
     """Operator over stored images: `vector` is the image's embedding."""
 
     name = "embed"
@@ -131,7 +131,7 @@ def _checked(vector: np.ndarray) -> dict[str, Any]:
     return {"vector": vector.tolist()}
 
 
-class Similarity(_Tower):
+class Similarity(Tower):
     """Operator over captions and the vectors that Embed, with the same model, gave their images."""
 
     name = "similarity"

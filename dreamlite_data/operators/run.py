@@ -178,6 +178,13 @@ def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
     return Path(write_table(table, rows, path.parent, path.stem.removeprefix(f"{table}-") + "n"))
 
 
+def withdraw_passing_failures(lake: Lake, table: str, version: str) -> None:
+    """Make calls pending again that failed for a passing reason (`retry` in `table`); the cache of responses counts how often."""
+    passing = f"FROM {table} WHERE op_version = $version AND retry"
+    if lake.query(f"SELECT count(*) AS n {passing}", {"version": version})["n"][0].as_py():
+        lake.write(lambda connection: connection.execute(f"DELETE {passing}", {"version": version}))
+
+
 def make_current(lake: Lake, name: str, version: str, config: dict[str, Any]) -> None:
     """Let the views follow this version of the operator; nothing is written where they do already."""
     rows = lake.query(

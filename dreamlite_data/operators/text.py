@@ -40,15 +40,25 @@ class Text:
     @staticmethod
     def _one(row: dict[str, Any]) -> dict[str, Any]:
         pixels = decode_stored(row["bytes"])
-        seen = _reader()(np.ascontiguousarray(pixels[..., ::-1]))  # it expects OpenCV's order of channels
-        found = [] if seen.boxes is None or seen.txts is None else zip(seen.boxes, seen.txts, strict=True)
-        lines = [(box, line) for box, line in found if len(line.strip()) >= SHORTEST_LINE]
-        height, width = pixels.shape[:2]
+        lines = _lines(pixels)
         return {
-            "text_fraction": polygons_fraction([box for box, _ in lines], height, width),
+            "text_fraction": polygons_fraction([box for box, _ in lines], *pixels.shape[:2]),
             "lines": len(lines),
             "words": [word for _, line in lines for word in line.split()],
         }
+
+
+def read_words(pixels: np.ndarray) -> tuple[list[str], float]:
+    """The words in a picture, uint8 [H, W, 3], and the share of it that their lines cover."""
+    lines = _lines(pixels)
+    return [word for _, line in lines for word in line.split()], polygons_fraction([box for box, _ in lines], *pixels.shape[:2])
+
+
+def _lines(pixels: np.ndarray) -> list[tuple[Any, str]]:
+    """(polygon, text) of every line that is worth reporting."""
+    seen = _reader()(np.ascontiguousarray(pixels[..., ::-1]))  # it expects OpenCV's order of channels
+    found = [] if seen.boxes is None or seen.txts is None else zip(seen.boxes, seen.txts, strict=True)
+    return [(box, line) for box, line in found if len(line.strip()) >= SHORTEST_LINE]
 
 
 @functools.cache

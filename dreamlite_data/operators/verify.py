@@ -3,6 +3,7 @@ Also measures what changed between source and target, where it changed, and whet
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -12,10 +13,13 @@ from scipy import ndimage
 
 from dreamlite_data import scenes, schema
 from dreamlite_data.images import decode_stored
-from dreamlite_data.operators.base import by_row
-from dreamlite_data.operators.change import CHANGED_LEVELS, MASK_CELLS, changed_pixels, mask_cells
+from dreamlite_data.operators.base import answered, by_row
+from dreamlite_data.operators.change import CHANGED_LEVELS, MASK_CELLS, changed_pixels, decode_mask, mask_cells
 from dreamlite_data.operators.exact import is_exact
 from dreamlite_data.operators.instruction import apply_steps, parse_steps
+from dreamlite_data.operators.verify_measures import MEASURES_VERSION, measure_triplet
+from dreamlite_data.operators.verify_rules import Rules, load_rules
+from dreamlite_data.taxonomy import load_taxonomy
 
 DRIFT_PX = 3.0
 
@@ -53,28 +57,59 @@ class VerifyCaption:
 
 
 class VerifyEdit:
-    """Operator over triplets with both images and both readings."""
+    """Operator over triplets with both images and both readings. One decode serves two tables: what the small world and the
+    exact operations say goes to `op_verify_edit`, what the rules of the triplet's type read to `op_triplet_measures`. `mask_png` is
+    the known mask or null; that of a small-world edit follows from the reading of its source."""
 
     name = "verify_edit"
-    version = 2
-    reads = ("edit_id", "instruction", "source_bytes", "target_bytes", "source_scene", "target_scene")
+    version = 3
+    reads = (
+        "edit_id", "instruction", "edit_type", "origin", "source_bytes", "target_bytes", "source_scene", "target_scene", "mask_png",
+    )  # fmt: skip
     table = "op_verify_edit"
     resources = {"num_cpus": 1.0}
     schema = schema.OPERATORS["op_verify_edit"]
 
-    def __init__(self, reading: str = "") -> None:
-        """`reading` as in VerifyCaption."""
-        self.reading = reading
+    def __init__(self, reading: str = "", rules: Rules | None = None) -> None:
+        """`reading` as in VerifyCaption; `rules` say which measures are taken, and not how they are judged."""
+        self.reading, self.rules = reading, rules or load_rules()
+        self._measured: list[dict[str, Any]] = []
 
     def config(self) -> dict[str, Any]:
-        return {"reading": self.reading, "changed_levels": CHANGED_LEVELS, "mask_cells": MASK_CELLS, "drift_px": DRIFT_PX}
+        return {
+            "reading": self.reading, "changed_levels": CHANGED_LEVELS, "mask_cells": MASK_CELLS, "drift_px": DRIFT_PX,
+            "measures": MEASURES_VERSION, "read_by_rules": self.rules.reads_digest(), "taxonomy": load_taxonomy().digest,
+        }  # fmt: skip
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return by_row(self._one, rows, "edit_id", self.schema)
+        self._measured, answers = [], []
+        for row in rows.to_pylist():
+            pair = _Pair(row["source_bytes"], row["target_bytes"])
+            answers.append({"subject_id": row["edit_id"], **answered(self._one, row, pair)})
+            self._measured.append({"subject_id": row["edit_id"], **answered(self._measures, row, pair)})
+        return pa.Table.from_pylist(answers, schema=self.schema)
+
+    def side_tables(self, rows: pa.Table, answer: pa.Table) -> dict[str, pa.Table]:
+        """The measures of the call just made."""
+        return {"op_triplet_measures": schema.rows_table("op_triplet_measures", self._measured)}
+
+    def _measures(self, row: dict[str, Any], pair: _Pair) -> dict[str, Any]:
+        kind = load_taxonomy().edit_type(row["edit_type"], row["origin"])
+        source, target = pair.pixels
+        rule = self.rules.name_for(kind)
+        if source.shape != target.shape:
+            return {"rule": rule, "sizes": " -> ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (source, target))}
+        mask = decode_mask(row["mask_png"]) if row["mask_png"] else scene_mask(row["source_scene"], row["instruction"])
+        if mask is not None and mask.shape != source.shape[:2]:
+            raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the pictures {source.shape[1]} x {source.shape[0]}")
+        reads = self.rules.measures(kind)
+        found = measure_triplet(source, target, row["instruction"], mask, reads)
+        absent = sorted(name for name, value in found.items() if value is None and name in reads)
+        return {"rule": rule, "absent": absent, **{name: value for name, value in found.items() if value is not None and not np.isnan(value)}}
 
     @staticmethod
-    def _one(row: dict[str, Any]) -> dict[str, Any]:
-        source, target = decode_stored(row["source_bytes"]), decode_stored(row["target_bytes"])
+    def _one(row: dict[str, Any], pair: _Pair) -> dict[str, Any]:
+        source, target = pair.pixels
         if source.shape != target.shape:
             sizes = " and ".join(f"{pixels.shape[1]} x {pixels.shape[0]} px" for pixels in (source, target))
             return {"in_language": False, "matches": False, "reason": f"source and target differ in size: {sizes}"}
@@ -101,6 +136,19 @@ class VerifyEdit:
         return answer | _compare(seen, wanted, shown)
 
 
+class _Pair:
+    """Both pictures, decoded when the first of two readers asks; bytes that are no image fail for both."""
+
+    def __init__(self, source: bytes, target: bytes) -> None:
+        self._payloads = (source, target)
+
+    @functools.cached_property
+    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [H, W, 3] each."""
+        source, target = (decode_stored(payload) for payload in self._payloads)
+        return source, target
+
+
 def _compare(source: scenes.Scene, wanted: scenes.Scene, shown: scenes.Scene | None) -> dict[str, Any]:
     if shown is None:
         return {"matches": False, "reason": "no scene was read from the target"}
@@ -117,3 +165,15 @@ def allowed_area(source: scenes.Scene, wanted: scenes.Scene) -> np.ndarray:
     """bool [64, 64]: where this edit may change pixels, with room for jitter around the shapes it touches."""
     expected = changed_pixels(scenes.render(source), scenes.render(wanted))
     return ndimage.binary_dilation(expected, iterations=3)
+
+
+def scene_mask(scene_json: str | None, instruction: str) -> np.ndarray | None:
+    """bool [64, 64]: where an instruction in the language of scenes changes the scene that was read from the source; None
+    where there is no scene or the words are of another language."""
+    if not scene_json:
+        return None
+    seen = scenes.Scene.from_json(scene_json)
+    steps, _ = parse_steps(instruction, seen)
+    if steps is None:
+        return None
+    return changed_pixels(scenes.render(seen), scenes.render(apply_steps(seen, steps)))

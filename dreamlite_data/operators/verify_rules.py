@@ -67,6 +67,15 @@ class Rules:
         """What the rule of a type reads."""
         return frozenset(condition.measure for condition in self.conditions[self.name_for(kind)])
 
+    def reads_digest(self) -> str:
+        """Names which measures each rule reads: another threshold is another judgement of the same measures."""
+        reads = {name: sorted({condition.measure for condition in conditions}) for name, conditions in sorted(self.conditions.items())}
+        return hashlib.sha256(repr(reads).encode()).hexdigest()[:12]
+
+    def reading(self, measure: str) -> list[str]:
+        """Names of the rules that read `measure`."""
+        return sorted(name for name, conditions in self.conditions.items() if any(one.measure == measure for one in conditions))
+
     def judge(self, kind: EditType, measures: Measures) -> Verdict:
         """Hold the conditions of `kind` against `measures`: a missing or null measure is not evaluated, NaN not applicable."""
         name = self.name_for(kind)

@@ -4,13 +4,11 @@ Composites, small-world scenes and exact operations give any number of cases wit
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage, stats
 
 from dreamlite_data import scenes
@@ -18,45 +16,21 @@ from dreamlite_data.operators import composite, exact
 from dreamlite_data.operators.change import LEAST_CHANGE, Pixels, changed_pixels
 from dreamlite_data.operators.cutouts import CutOutError, CutOuts, DrawnCutOuts
 from dreamlite_data.operators.draw import generator, pick
+from dreamlite_data.operators.safety import require_extra
+from dreamlite_data.operators.text import read_words
+from dreamlite_data.operators.verify import scene_mask
+from dreamlite_data.operators.verify_cases import Case, shuffled_blocks, through_jpeg, truth_photos
+from dreamlite_data.operators.verify_given import object_in_target, text_measures
 from dreamlite_data.operators.verify_measures import Measures, measure_triplet
 from dreamlite_data.operators.verify_rules import Rules, load_rules
-from dreamlite_data.operators.verify_triplet import scene_mask
+from dreamlite_data.operators.verify_truth_photos import style_truth, text_truth
 from dreamlite_data.operators.wording import draw_colour
-from dreamlite_data.sources.photos import PHOTOS, find_photo
 from dreamlite_data.taxonomy import load_taxonomy
 
-PHOTO_PX = 192
 CONFIDENCE = 0.95
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A triplet whose worth is known: `fault` is '' for a right one, else how it was spoilt. `mask` is where the edit
-    belongs, where that is known."""
-
-    origin: str
-    edit_type: str
-    instruction: str
-    source: Pixels
-    target: Pixels
-    fault: str = ""
-    mask: np.ndarray | None = None
-
-
 # --- composites ------------------------------------------------------------------------------------------------------
-
-
-def truth_photos(count: int, seed: int) -> Iterator[tuple[str, Pixels]]:
-    """`count` square crops of the photos in the wheels, PHOTO_PX a side, each with an id that draws may use."""
-    files = [path for place, name, words, _ in PHOTOS if words and (path := find_photo(place, name)) is not None]
-    for number in range(count):
-        rng = generator("truth photo", seed, number)
-        with Image.open(files[(number + seed) % len(files)]) as image:
-            whole = image.convert("RGB")
-        side = int(min(whole.size) * rng.uniform(0.5, 1.0))
-        left, top = (int(rng.integers(0, length - side + 1)) for length in whole.size)
-        crop = whole.crop((left, top, left + side, top + side)).resize((PHOTO_PX, PHOTO_PX), Image.Resampling.LANCZOS)
-        yield f"truth-{seed}-{number}", np.array(crop)
 
 
 def composite_truth(photos: Iterable[tuple[str, Pixels]], cutouts: CutOuts, jpeg_quality: int | None = 92) -> Iterator[Case]:
@@ -78,7 +52,7 @@ def composite_truth(photos: Iterable[tuple[str, Pixels]], cutouts: CutOuts, jpeg
             except CutOutError:
                 continue
             for fault, pixels in [("", target), *spoilt]:
-                kept = _through_jpeg(pixels, jpeg_quality) if jpeg_quality else pixels
+                kept = through_jpeg(pixels, jpeg_quality) if jpeg_quality else pixels
                 yield Case("composite", operation, form.text, source, kept, fault, mask)
 
 
@@ -146,12 +120,6 @@ def _spill(target: Pixels, mask: np.ndarray, seed: str) -> Pixels:
     return np.where(mask[..., None], target, spilt)
 
 
-def _through_jpeg(pixels: Pixels, quality: int) -> Pixels:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return np.array(Image.open(buffer))
-
-
 # --- scenes and exact operations -------------------------------------------------------------------------------------
 
 
@@ -167,10 +135,16 @@ def scene_truth(count: int, seed: int) -> Iterator[Case]:
         other = scenes.apply_edit(scene, scenes.sample_edit(scene, rng, edit.kind))
         if other.key() != wanted.key():
             targets["wrong_value"] = scenes.render(other)
-        reading = scenes.read_scene(source).scene
-        mask = scene_mask(reading.to_json() if reading else None, words)
+        reading = _reading(source)
+        mask = scene_mask(reading, words)
         for fault, target in targets.items():
-            yield Case("scenes", edit.kind, words, source, target, fault, mask)
+            seen = {"object_in_target": object_in_target(words, reading, _reading(target))}
+            yield Case("scenes", edit.kind, words, source, target, fault, mask, seen)
+
+
+def _reading(pixels: Pixels) -> str | None:
+    scene = scenes.read_scene(pixels).scene
+    return scene.to_json() if scene else None
 
 
 def _other(scene: scenes.Scene, wanted: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
@@ -181,47 +155,54 @@ def _other(scene: scenes.Scene, wanted: scenes.Scene, rng: np.random.Generator) 
 
 
 def exact_truth(photos: Iterable[tuple[str, Pixels]]) -> Iterator[Case]:
-    """Exact operations, right and spoilt: nothing done, the opposite done, or another operation on top that destroys the picture."""
+    """Exact operations, right and spoilt: nothing done, the opposite done (of a motion: another one), or another operation on top
+    that destroys the picture."""
     opposite = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast", "less_contrast": "more_contrast",
                 "more_saturation": "less_saturation", "less_saturation": "more_saturation", "warm": "cool", "cool": "warm",
-                "blur": "sharpen", "sharpen": "blur"}  # fmt: skip
+                "blur": "sharpen", "sharpen": "blur", "mirror": "flip", "flip": "mirror", "upside_down": "flip"}  # fmt: skip
     for image_id, photo in photos:
         for name, operation in exact.OPERATIONS.items():
             target = operation(photo, image_id)
             if not operation.fits(photo) or changed_pixels(photo, target).mean() < LEAST_CHANGE:
                 continue
             words = pick(operation.forms(operation.words, image_id), "truth wording", name, image_id)[1]
-            targets = {"": target, "no_op": photo, "over_edit": _shuffled_blocks(target, image_id)}
+            targets = {"": target, "no_op": photo, "over_edit": shuffled_blocks(target, image_id)}
             if name in opposite:
                 targets["wrong_value"] = exact.OPERATIONS[opposite[name]](photo, image_id)
+            if name in ("turn", "zoom"):
+                targets["wrong_value"] = operation.apply(photo, _elsewhere(operation.amounts(image_id)))
             for fault, pixels in targets.items():
                 yield Case("exact", operation.words.edit_type, words, photo, pixels, fault)
 
 
-def _shuffled_blocks(pixels: Pixels, image_id: str) -> Pixels:
-    """The picture with its quarters in another order: every colour is kept, nothing is where it was."""
-    middle_y, middle_x = pixels.shape[0] // 2, pixels.shape[1] // 2
-    shift = pick(((middle_y, middle_x), (0, middle_x), (middle_y, 0)), "blocks", image_id)
-    return np.roll(pixels, shift, axis=(0, 1))
+def _elsewhere(amounts: dict[str, Any]) -> dict[str, Any]:
+    """The amounts of a turn the other way round, or of a zoom to the opposite corner."""
+    others = {"clockwise": "anticlockwise", "anticlockwise": "clockwise", "top left": "bottom right", "bottom right": "top left",
+              "top right": "bottom left", "bottom left": "top right", "middle": "top left"}  # fmt: skip
+    return {name: others.get(value, value) if isinstance(value, str) else value for name, value in amounts.items()}
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
 def verify_report(
-    seed: int = 1, photos: int = 40, scene_edits: int = 400, cutouts: CutOuts | None = None, masks: bool = True, rules: Rules | None = None
+    seed: int = 1, photos: int = 40, scene_edits: int = 400, cutouts: CutOuts | None = None, masks: bool = True, rules: Rules | None = None,
+    ocr: bool = False,
 ) -> list[dict[str, Any]]:
     """Precision and recall of the packaged rules per edit type on truth sets that `seed` draws, with 95 % Wilson intervals.
 
     One row per (origin, edit_type), with fault 'all': true, passed (of the true), recall, recall_low, recall_high, false,
     missed (of the false), precision, precision_low, precision_high; and one per fault: false, missed, caught, caught_low,
-    caught_high. `masks=False` withholds the masks, as with sets that bring none.
+    caught_high. `not_evaluated` names the conditions that no measure was there for, `undecided` counts right edits left so.
+    `masks=False` withholds the masks, as with sets that bring none; `ocr` reads the words of text edits (extra 'ocr').
     """
     cutouts = cutouts or DrawnCutOuts()
     cases: list[Callable[[], Iterable[Case]]] = [
         lambda: composite_truth(truth_photos(photos, seed), cutouts),
         lambda: scene_truth(scene_edits, seed),
         lambda: exact_truth(truth_photos(max(1, photos // 2), seed)),
+        lambda: style_truth(truth_photos(max(1, photos // 2), seed)),
+        lambda: (with_words_read if ocr else iter)(text_truth(truth_photos(max(1, photos // 4), seed))),
     ]
     return report_of((case for part in cases for case in part()), masks, rules)
 
@@ -229,29 +210,49 @@ def verify_report(
 def report_of(cases: Iterable[Case], masks: bool = True, rules: Rules | None = None) -> list[dict[str, Any]]:
     """`verify_report` of given cases."""
     rules = rules or load_rules()
-    counts: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    counts: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0]))
+    absent: dict[tuple[str, str], set[str]] = defaultdict(set)
     for case in cases:
         kind = load_taxonomy().edit_type(case.edit_type, case.origin)
         mask = case.mask if masks else None
-        verdict = rules.judge(kind, measure_triplet(case.source, case.target, case.instruction, mask, rules.measures(kind))).verdict
+        measures = measure_triplet(case.source, case.target, case.instruction, mask, rules.measures(kind)) | case.given
+        found = rules.judge(kind, measures)
         cell = counts[case.origin, case.edit_type][case.fault]
         cell[0] += 1
-        cell[1] += verdict == "pass"
+        cell[1] += found.verdict == "pass"
+        cell[2] += found.verdict == "not_evaluated"
+        absent[case.origin, case.edit_type] |= set(found.not_evaluated)
     rows = []
     for (origin, edit_type), faults in sorted(counts.items()):
-        true, passed = faults.get("", [0, 0])
+        true, passed, undecided = faults.get("", [0, 0, 0])
         spoilt = {fault: found for fault, found in sorted(faults.items()) if fault}
         false, missed = (sum(found[index] for found in spoilt.values()) for index in (0, 1))
         head = {"origin": origin, "edit_type": edit_type}
         rows.append({
             **head, "fault": "all", "true": true, "passed": passed, "false": false, "missed": missed,
             **_share("recall", passed, true), **_share("precision", passed, passed + missed),
+            "undecided": undecided, "not_evaluated": sorted(absent[origin, edit_type]),
         })  # fmt: skip
         rows += [
             {**head, "fault": fault, "false": found[0], "missed": found[1], **_share("caught", found[0] - found[1], found[0])}
             for fault, found in spoilt.items()
         ]
     return rows
+
+
+def with_words_read(cases: Iterable[Case]) -> Iterator[Case]:
+    """The cases with the words that the reader of `text` finds in both pictures. Raises MissingExtra without the extra 'ocr'."""
+    require_extra("rapidocr", "ocr", "the truth set of text edits")
+    known: dict[bytes, tuple[list[str], float]] = {}
+    for case in cases:
+        seen = []
+        for pixels in (case.source, case.target):
+            key = pixels.tobytes()
+            if key not in known:
+                known[key] = read_words(pixels)
+            seen.append(known[key])
+        (before, was), (after, is_now) = seen
+        yield dataclasses.replace(case, given=case.given | text_measures(case.instruction, before, after, was, is_now))
 
 
 def _share(name: str, hits: int, total: int) -> dict[str, float | None]:
@@ -266,10 +267,10 @@ def spread(cases: Iterable[Case], names: Sequence[str], masks: bool = True) -> d
     """What the thresholds were read from: per type and fault the quantiles (0.01, 0.05, 0.5, 0.95, 0.99) of each measure."""
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for case in cases:
-        measures: Measures = measure_triplet(case.source, case.target, case.instruction, case.mask if masks else None)
+        measures: Measures = measure_triplet(case.source, case.target, case.instruction, case.mask if masks else None) | case.given
         kind = str(load_taxonomy().edit_type(case.edit_type, case.origin))
         for name in names:
-            value = measures[name]
+            value = measures.get(name)
             if value is not None and not np.isnan(value):
                 found[kind][name][case.fault].append(value)
     quantiles = (0.01, 0.05, 0.5, 0.95, 0.99)

@@ -18,6 +18,9 @@ RARE_COLOURS: dict[str, tuple[int, int, int]] = {
     "salmon": (245, 140, 115),
 }  # fmt: skip
 COLOURS = {**COMMON_COLOURS, **RARE_COLOURS}
+SAID_COLOURS = {**COLOURS, "grey": (128, 128, 128), "gray": (128, 128, 128)}
+"""Those that are read in instructions; grey is never drawn."""
+_ANY_COLOUR = "|".join(sorted(SAID_COLOURS, key=len, reverse=True))
 COMMON_SHARE = 0.8
 """Common colours are drawn four times in five, as in AnyEdit (shared/reference/curation.md 7.12)."""
 
@@ -83,7 +86,7 @@ def _number(word: str) -> int:
 
 def said_colour(text: str) -> str | None:
     """The colour that an instruction asks for: the last one that it names; None where it names none."""
-    found = re.findall(rf"\b({'|'.join(sorted(COLOURS, key=len, reverse=True))})\b", text.lower())
+    found = re.findall(rf"\b({_ANY_COLOUR})\b", text.lower())
     return found[-1] if found else None
 
 
@@ -109,3 +112,49 @@ def said_direction(text: str) -> tuple[str, int] | None:
     words = re.sub(r"(?:this|the) (?:dark|flat|blurry|black and white) (?:photo|picture)", "it", words)
     found = {(name, sign) for name, pattern, sign in _DIRECTIONS if re.search(pattern, words)}
     return next(iter(found)) if len(found) == 1 else None
+
+
+# --- things, places and words that an instruction names --------------------------------------------------------------
+
+_THING = re.compile(rf"\bthe (?:\w+ )?({_ANY_COLOUR}) (?!and\b|with\b|of\b|in\b|on\b|at\b|to\b|again\b|or\b|but\b)\w")
+_BACKGROUND = re.compile(rf"\b(?:background(?: colou?r)?(?: to| into)?|colou?r of the background to) (?:(?:a|plain|solid|pure) )*({_ANY_COLOUR})\W*$")
+_DESTINATION = re.compile(r"\bto(?:wards)? the (top|upper|bottom|lower)?[ -]?(left|right|middle|cent(?:er|re))?\b")
+_QUOTED = r"[\"“”«»]([^\"“”«»]{1,60})[\"“”«»]"
+_TEXT_FORMS = (
+    ("replace", re.compile(rf"(?:replace|change|turn|rewrite).*?{_QUOTED}.*?\b(?:with|to|into|by)\b.*?{_QUOTED}", re.IGNORECASE)),
+    ("replace", re.compile(rf"{_QUOTED} (?:should (?:say|read|be)|becomes) {_QUOTED}", re.IGNORECASE)),
+    ("remove", re.compile(rf"\b(?:remove|delete|erase|take away)\b.*?{_QUOTED}", re.IGNORECASE)),
+    ("add", re.compile(rf"\b(?:add|write|put|insert|print)\b.*?{_QUOTED}", re.IGNORECASE)),
+)
+
+
+def said_thing_colour(text: str) -> str | None:
+    """The colour of the thing that an instruction is about, where it names it by one: "the red star", "the three red stars".
+    None where it does not; "make the star red" says what the star shall become, and not what it is."""
+    found = _THING.search(text.lower())
+    return found[1] if found else None
+
+
+def said_background_colour(text: str) -> str | None:
+    """The colour that the background shall have: "make the background grey". A "blue sky" is no colour of a background."""
+    found = _BACKGROUND.search(text.lower())
+    return found[1] if found else None
+
+
+def said_destination(text: str) -> set[str]:
+    """Where something shall go: {'left'}, {'top', 'right'}, {'middle'}, or none. The last place that is named."""
+    found = [{word for word in match.groups() if word} for match in _DESTINATION.finditer(text.lower())]
+    words = next((words for words in reversed(found) if words), set())
+    sides = {side for side, names in SIDES.items() if words & set(names)}
+    return sides or ({"middle"} if words else set())
+
+
+def said_texts(text: str) -> tuple[str | None, str | None]:
+    """(the words that stand in the picture before, those that shall stand in it after) of an edit of text, as it quotes
+    them: ("SALE", "OPEN"), ("SALE", None) where they are removed, (None, "OPEN") where they are added."""
+    for kind, form in _TEXT_FORMS:
+        match = form.search(text)
+        if match is not None:
+            words = [part.strip() for part in match.groups()]
+            return (words[0], words[1]) if kind == "replace" else (words[0], None) if kind == "remove" else (None, words[0])
+    return None, None

@@ -152,3 +152,5 @@ def test_the_rules_of_verification_report_each_type_with_intervals(monkeypatch: 
     assert ("recall" in header, "caught" in header) == (True, True)
     replaced = [line for line in text.splitlines() if "composite" in line and "replace" in line]
     assert len(replaced) > 1 and any(" to " in line for line in replaced)  # the type as a whole, and each of its faults
+    [clip] = [line for line in text.splitlines() if line.startswith("not evaluated: clip_target (")]
+    assert "composite replace" in clip and "not evaluated: text_after (text text_add" in text and "not evaluated: clear_fraction" not in text

@@ -1,45 +1,30 @@
-"""Models of the real classes, tiny and untrained: loaded by folder, asked for instructions and pictures, the best try kept."""
+"""Models of the real classes, tiny and untrained: loaded by folder, asked for pictures once, the best try kept."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
-from transformers import Qwen3VLForConditionalGeneration
 
 from dreamlite_data import scenes
+from dreamlite_data.chat.local import LocalChatError
 from dreamlite_data.images import decode_stored, encode_png
-from dreamlite_data.operators.edit import Form, Request
-from dreamlite_data.operators.edit_model import EditModelError, PipelineEditor, VlmInstructor, choose, parse_proposals
+from dreamlite_data.operators.edit import Request, Try
+from dreamlite_data.operators.edit_model import EditModelError, PipelineEditor, choose
 from dreamlite_data.operators.edit_routes import model_route
+from dreamlite_data.pictures import Pictures
+from dreamlite_data.responses import Responses
 from dreamlite_data.rewards import load_reward
 from dreamlite_data.settings import EditModelSettings, RefreshSettings
+from tests.dreamlite_data.counting_server import CountingServer, completion
 from tests.dreamlite_data.rewards.conftest import short
 from tests.trainers.conftest import checkpoints, components  # noqa: F401  (fixtures)
-from trainers.components.text_encoder import IMAGE_PX, PATCH_PX, text_encoder_config
-from trainers.components.tokenizer import build_processor, build_tokenizer
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|>"
-    "<|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
 SCENE = scenes.render(scenes.sample_scene(np.random.default_rng(0)))
-
-
-@pytest.fixture(scope="module")
-def instructor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3-VL and its processor in one folder, as a checkpoint of the hub lies."""
-    torch.manual_seed(3)
-    folder, tokenizer = tmp_path_factory.mktemp("instructor"), build_tokenizer()
-    tokenizer.chat_template = CHAT
-    build_processor(tokenizer, image_px=IMAGE_PX, patch_px=PATCH_PX).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Qwen3VLForConditionalGeneration(text_encoder_config(tokenizer, hidden=64, layers=2, vision_layers=1, vision_hidden=32)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,58 +33,55 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return short("editreward_tiny", tmp_path_factory.mktemp("reward"), prompts)
 
 
-def test_a_models_answer_is_read_line_by_line() -> None:
-    answer = "1. remove: take the cup away\n- **colour**: make the roof red\nnonsense: 7\n\nadd: take the cup away \x07\nTurn it: upside down now\nadd: " + "x" * 400
-    assert parse_proposals(answer) == [
-        ("remove", "take the cup away"), ("colour", "make the roof red"), ("unmapped", "Turn it: upside down now")]  # fmt: skip
-    assert parse_proposals("") == parse_proposals("\n \n3\n") == []
+def editor_of(folder: Path, root: Path, tries: int = 1, **changes: object) -> PipelineEditor:
+    return PipelineEditor(folder, "w", tries, 2, Pictures(root / "pictures", 64), Responses(root / "responses"), **changes)
 
 
-def test_the_instructor_says_what_its_model_generates(instructor_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    instructor = VlmInstructor(instructor_folder, "w", 2, max_new_tokens=12)
-    answer = instructor.answer(SCENE)
-    assert answer and answer == VlmInstructor(instructor_folder, "w", 2, max_new_tokens=12).answer(SCENE)
-    # An untrained model may say nothing usable, so its words are replaced: what is read of them, and how it is stored, stays real.
-    monkeypatch.setattr(VlmInstructor, "answer", lambda self, pixels, prompt=None: "remove: take the red circle away\nbackground: make the sky dark\nadd: a cat")
-    requests = list(instructor.requests(SCENE, "a" * 64))
-    assert [(request.edit_type, request.instruction) for request in requests] == [
-        ("remove", "take the red circle away"), ("background", "make the sky dark")]  # fmt: skip
-    assert requests[0].forms == (Form("short", "take the red circle away", instructor.prompt_id),)
-
-
-def test_another_picture_or_prompt_reaches_the_model(instructor_folder: Path) -> None:
-    from dreamlite_data.operators import edit_model
-
-    model, processor = edit_model._vlm(str(instructor_folder), "cpu")
-    seen: list[dict] = []
-    real = model.generate
-    model.generate = lambda **inputs: seen.append(inputs) or real(**inputs)
-    try:
-        for pixels in (SCENE, 255 - SCENE):
-            VlmInstructor(instructor_folder, "w", 1, max_new_tokens=2).answer(pixels)
-    finally:
-        model.generate = real
-    assert not torch.equal(seen[0]["pixel_values"], seen[1]["pixel_values"])
-    assert "Propose 1 different edits" in processor.batch_decode(seen[0]["input_ids"])[0] and not seen[0]["do_sample"]
-
-
-def test_the_pipeline_makes_the_picture_that_its_seed_gives(checkpoints: dict[str, Path]) -> None:  # noqa: F811
-    editor = PipelineEditor(checkpoints["base"], "w", 1, 2)
+def test_the_pipeline_makes_the_picture_that_its_seed_gives(checkpoints: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     request = Request("recolour", "make the red circle blue", ())
-    made = editor.tries(SCENE, "a" * 64, request)
+    made = editor_of(checkpoints["base"], tmp_path / "a").tries(SCENE, "a" * 64, request)
     assert len(made) == 1 and made[0].target.shape == SCENE.shape and made[0].reject_reason is None
-    assert np.array_equal(made[0].target, editor.tries(SCENE, "a" * 64, request)[0].target)
-    assert not np.array_equal(made[0].target, editor.tries(SCENE, "b" * 64, request)[0].target)
+    again, other = (editor_of(checkpoints["base"], tmp_path / image_id).tries(SCENE, image_id * 64, request) for image_id in "ab")
+    assert np.array_equal(made[0].target, again[0].target) and not np.array_equal(made[0].target, other[0].target)
+
+
+def test_no_picture_is_made_and_none_judged_twice(
+    checkpoints: dict[str, Path], reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    calls: list[str] = []
+    make, judge = PipelineEditor._make, PipelineEditor._judge
+    monkeypatch.setattr(PipelineEditor, "_make", lambda self, *args: calls.append("make") or make(self, *args))
+    monkeypatch.setattr(PipelineEditor, "_judge", lambda self, *args: calls.append("judge") or judge(self, *args))
+    request = Request("recolour", "make the red circle blue", ())
+
+    def run(root: str, tries: int, **changes: object) -> tuple[list[Try], list[str]]:
+        calls.clear()
+        editor = editor_of(checkpoints["base"], tmp_path / root, tries, reward=reward_folder, reward_weights="r", **changes)
+        return editor.tries(SCENE, "a" * 64, request), sorted(calls)
+
+    first, paid = run("one", 2)
+    assert paid == ["judge"] * 2 + ["make"] * 2
+    again, paid = run("one", 2)
+    assert paid == [] and [one.reject_reason for one in again] == [one.reject_reason for one in first]
+    assert all(np.array_equal(one.target, other.target) for one, other in zip(first, again, strict=True))
+    assert run("one", 3)[1] == ["judge", "make"]  # another recipe pays for its third try only
+    assert run("one", 2, min_reward=99.0)[1] == []
+    shutil.rmtree(tmp_path / "one" / "pictures")
+    assert run("one", 2)[1] == ["make"] * 2  # made anew they are the same, so the reward's answers still hold
+    assert run("two", 2)[1] == ["judge"] * 2 + ["make"] * 2  # the negative control: nothing is kept elsewhere
 
 
 def test_the_best_try_is_kept_and_the_others_are_negatives_with_their_reason(
-    checkpoints: dict[str, Path], instructor_folder: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    checkpoints: dict[str, Path], reward_folder: Path, tmp_path: Path  # noqa: F811
 ) -> None:
     words = "make the red circle blue"
-    monkeypatch.setattr(VlmInstructor, "answer", lambda self, pixels, prompt=None: f"recolour: {words}")
-    settings = EditModelSettings(instructor=instructor_folder, editor=checkpoints["base"], reward=reward_folder, tries=3, inference_steps=2)
-    operator = model_route(settings, {"instructor": "i", "editor": "e", "reward": "r"})
-    answer = operator(pa.table({"image_id": ["a" * 64], "bytes": [encode_png(SCENE)]}))
+    with CountingServer(lambda body: completion(f"recolour: {words}")) as server:
+        settings = EditModelSettings(
+            instructor={"backend": "endpoint", "model": "vlm", "base_url": server.url}, editor=checkpoints["base"], reward=reward_folder,
+            tries=3, inference_steps=2,
+        )  # fmt: skip
+        operator = model_route(settings, {"instructor": "i", "editor": "e", "reward": "r"}, tmp_path)
+        answer = operator(pa.table({"image_id": ["a" * 64], "bytes": [encode_png(SCENE)]}))
     assert answer["error"].to_pylist() == [None] and answer["edits"].to_pylist() == [1]
     tables = operator.side_tables(None, answer)
     edits = tables["edits"].to_pylist()
@@ -122,14 +104,14 @@ def test_choosing() -> None:
 
 
 def test_what_is_no_model_is_said_plainly(tmp_path: Path, checkpoints: dict[str, Path]) -> None:  # noqa: F811
-    with pytest.raises(EditModelError, match="holds no image-text-to-text model"):
-        VlmInstructor(tmp_path, "w", 1).answer(SCENE)
     with pytest.raises(EditModelError, match="holds no diffusers pipeline"):
-        PipelineEditor(tmp_path, "w", 1, 1).tries(SCENE, "a", Request("add", "add a cat", ()))
-    operator = model_route(EditModelSettings(instructor=tmp_path, editor=tmp_path, tries=1), {"instructor": "i", "editor": "e"})
-    with pytest.raises(EditModelError, match="holds no image-text-to-text model"):  # and not a table full of error rows
+        editor_of(tmp_path, tmp_path).tries(SCENE, "a", Request("add", "add a cat", ()))
+    operator = model_route(EditModelSettings(instructor=tmp_path, editor=tmp_path, tries=1), {"instructor": "i", "editor": "e"}, tmp_path)
+    with pytest.raises(LocalChatError, match="holds no image-text-to-text model"):  # and not a table full of error rows
         operator(pa.table({"image_id": ["a"], "bytes": [encode_png(SCENE)]}))
     with pytest.raises(ValueError, match="needs an instructor"):
         RefreshSettings(edit_model={"editor": tmp_path})
     with pytest.raises(ValueError, match="tries above 1 needs a reward"):
         RefreshSettings(edit_model={"editor": tmp_path, "instructor": tmp_path})
+    with pytest.raises(ValueError, match="the chat backend 'endpoint' also needs base_url"):
+        RefreshSettings(edit_model={"editor": tmp_path, "instructor": {"backend": "endpoint", "model": "vlm"}, "tries": 1})

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dreamlite_data.images import encode_png
+from dreamlite_data.images import decode_stored, encode_png
 from dreamlite_data.operators.edit import Edit, ExactEditor
 from dreamlite_data.operators.exact import OPERATIONS, is_exact, recognise
 from dreamlite_data.operators.verify import VerifyEdit
+from tests.dreamlite_data.operators.triplets import triplet_rows
 
 
 def _photo(seed: int = 0, size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -86,11 +87,9 @@ def test_the_operator_makes_verified_triplets_with_every_wording(inverse: bool) 
     payloads |= dict(zip(tables["images"]["image_id"].to_pylist(), tables["images"]["bytes"].to_pylist(), strict=True))
     for row in edits:
         assert row["parent_edit_id"] in ({edit["edit_id"] for edit in edits} if row["relation"] else {None})
-    given = pa.table({
-        "edit_id": [row["edit_id"] for row in edits], "instruction": [row["instruction"] for row in edits],
-        "source_bytes": [payloads[row["source_image_id"]] for row in edits], "target_bytes": [payloads[row["target_image_id"]] for row in edits],
-        "source_scene": pa.nulls(len(edits), pa.string()), "target_scene": pa.nulls(len(edits), pa.string()),
-    })  # fmt: skip
+    given = triplet_rows([
+        (decode_stored(payloads[row["source_image_id"]]), decode_stored(payloads[row["target_image_id"]]), row["instruction"]) for row in edits
+    ])  # fmt: skip
     assert all(row["matches"] for row in VerifyEdit()(given).to_pylist())
     texts: dict[str, set[str]] = {}
     for row in tables["instructions"].to_pylist():

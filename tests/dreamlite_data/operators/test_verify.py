@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 
 from dreamlite_data import scenes
-from dreamlite_data.images import encode_png
+from dreamlite_data.images import decode_stored, encode_png
 from dreamlite_data.operators.caption import Caption
 from dreamlite_data.operators.change import changed_pixels, mask_cells
 from dreamlite_data.operators.instruction import parse_instruction
 from dreamlite_data.operators.verify import VerifyCaption, VerifyEdit
+from tests.dreamlite_data.operators.triplets import triplet_rows
 
 
 def _draw(seed: int) -> tuple[scenes.Scene, scenes.Edit, str]:
@@ -49,11 +50,7 @@ def test_an_instruction_about_an_absent_object_says_so() -> None:
 
 def _verify(source: np.ndarray, target: np.ndarray, words: str) -> dict:
     readings = [scenes.read_scene(pixels).scene if pixels.shape[0] == 64 else None for pixels in (source, target)]
-    rows = pa.table({
-        "edit_id": ["e"], "instruction": [words], "source_bytes": [encode_png(source)], "target_bytes": [encode_png(target)],
-        "source_scene": pa.array([readings[0] and readings[0].to_json()], pa.string()),
-        "target_scene": pa.array([readings[1] and readings[1].to_json()], pa.string()),
-    })  # fmt: skip
+    rows = triplet_rows([(source, target, words)], source_scene=[readings[0] and readings[0].to_json()], target_scene=[readings[1] and readings[1].to_json()])
     return VerifyEdit()(rows).to_pylist()[0]
 
 
@@ -134,10 +131,21 @@ def test_a_composed_instruction_is_held_against_the_scene_after_both_steps() -> 
 
 def test_a_row_that_breaks_the_operator_costs_only_itself() -> None:
     scene, _, words = _draw(5)
-    good = encode_png(scenes.render(scene))
-    rows = pa.table({
-        "edit_id": ["bad", "good"], "instruction": [words, words], "source_bytes": [b"junk", good], "target_bytes": [good, good],
-        "source_scene": pa.array(["{", scene.to_json()], pa.string()), "target_scene": pa.array([None, scene.to_json()], pa.string()),
-    })  # fmt: skip
-    bad, fine = VerifyEdit()(rows).to_pylist()
+    picture = scenes.render(scene)
+    rows = triplet_rows([(picture, picture, words)] * 2, source_scene=["{", scene.to_json()], target_scene=[None, scene.to_json()])
+    rows = rows.set_column(rows.column_names.index("source_bytes"), "source_bytes", pa.array([b"junk", encode_png(picture)]))
+    operator = VerifyEdit()
+    bad, fine = operator(rows).to_pylist()
     assert bad["error"] and bad["matches"] is None and fine["error"] is None
+    measured = operator.side_tables(rows, None)["op_triplet_measures"].to_pylist()
+    assert [row["error"] for row in measured] == [bad["error"], None]
+
+
+def test_one_decode_serves_both_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr("dreamlite_data.operators.verify.decode_stored", lambda payload: decoded.append(payload) or decode_stored(payload))
+    scene, edit, words = _draw(5)
+    operator = VerifyEdit()
+    operator(triplet_rows([(scenes.render(scene), scenes.render(scenes.apply_edit(scene, edit)), words)], source_scene=[scene.to_json()]))
+    [row] = operator.side_tables(None, None)["op_triplet_measures"].to_pylist()
+    assert len(decoded) == 2 and row["edited_fraction"] > 0

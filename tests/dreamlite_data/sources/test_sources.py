@@ -45,6 +45,7 @@ def test_shards_are_read_back_as_the_records_they_hold(tmp_path: Path) -> None:
 def test_clean_rows_tell_the_truth(tmp_path: Path) -> None:
     from dreamlite_data.images import decode_stored
     from dreamlite_data.operators.verify import VerifyEdit
+    from tests.dreamlite_data.operators.triplets import triplet_rows
 
     _shards(tmp_path, t2i_rows=20, edit_rows=20, shard_rows=20, fault_share=0.0)
     for unit in sources.WebDatasetSource("s", tmp_path).units(DigestCache(tmp_path / "cache.json")):
@@ -54,11 +55,11 @@ def test_clean_rows_tell_the_truth(tmp_path: Path) -> None:
                 assert said is not None and scenes.matches(decode_stored(record.images[""]), said)
                 continue
             readings = {role: scenes.read_scene(decode_stored(payload)).scene for role, payload in record.images.items()}
-            answer = VerifyEdit._one({
-                "instruction": record.metadata["instruction"], "source_bytes": record.images["source"],
-                "target_bytes": record.images["target"], "source_scene": readings["source"].to_json(),
-                "target_scene": readings["target"].to_json(),
-            })  # fmt: skip
+            rows = triplet_rows(
+                [(decode_stored(record.images["source"]), decode_stored(record.images["target"]), record.metadata["instruction"])],
+                **{f"{role}_scene": [reading.to_json()] for role, reading in readings.items()},
+            )
+            [answer] = VerifyEdit()(rows).to_pylist()
             assert answer["matches"], answer["reason"]
 
 
