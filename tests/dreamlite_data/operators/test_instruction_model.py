@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dreamlite_data import scenes
 from dreamlite_data.chat import EndpointChat, LocalChat, endpoint
 from dreamlite_data.images import encode_png
 from dreamlite_data.operators.caption import Picture
-from dreamlite_data.operators.edit import Edit, ExactEditor, Form
+from dreamlite_data.operators.edit import Edit, ExactEditor, Form, Try
 from dreamlite_data.operators.instruction_model import VlmInstructor, parse_proposals
 from dreamlite_data.responses import Responses
 from tests.dreamlite_data.chat.conftest import chat_folder  # noqa: F401  (fixture)
@@ -47,6 +48,29 @@ def test_every_picture_is_asked_about_once_and_its_lines_become_requests(tmp_pat
     assert all("different edits of this picture" in str(body) and body["max_tokens"] == 40 for body in asked.values())
 
 
+def test_a_plan_asks_each_picture_for_its_own_types_alone(tmp_path: Path) -> None:
+    kinds = [["object/add"], ["scene/background", "object/remove"], []]
+    lines = "remove: take the red circle away\nadd: put a cat there\nbackground: make the sky dark"
+    with CountingServer(lambda body: completion(lines)) as server:
+        instructor = VlmInstructor(EndpointChat("vlm", server.url), Responses(tmp_path), 3, max_new_tokens=40)
+        instructor.prepare(PICTURES, kinds)
+        operator = Edit(3, instructor, _Takes(), "edit_model", plan="p")
+        columns = {"image_id": [one.image_id for one in PICTURES], "bytes": [one.payload for one in PICTURES], "wanted": kinds}
+        answer = operator(pa.table(columns))
+        assert server.answered == len(PICTURES)  # the operator asks what was asked here
+    asked = {sha256_of_image(body): body["messages"][0]["content"][-1]["text"] for body, _ in server.asked}
+    prompts = [asked[hashlib.sha256(one.payload).hexdigest()] for one in PICTURES]
+    assert "Propose 1 different" in prompts[0] and "one of object/add." in prompts[0]
+    assert "Propose 2 different" in prompts[1] and "one of object/remove, scene/background." in prompts[1]
+    assert prompts[2] == instructor.prompt
+    forms = [[request.forms[0].prompt_id for request in instructor.requests(pixels, one.image_id)] for pixels, one in zip(PIXELS, PICTURES, strict=True)]
+    assert [len(one) for one in forms] == [1, 2, 3] and len({name for one in forms for name in one}) == 3
+    # The first line is no answer to the first question, and the third line was one too many for the second.
+    assert answer["edits"].to_pylist() == [0, 1, 0] and answer["error"].to_pylist() == [None] * 3
+    edits = operator.side_tables(None, answer)["edits"].to_pylist()
+    assert [(row["source_image_id"], row["edit_type"]) for row in edits] == [(PICTURES[1].image_id, "remove")]
+
+
 def test_a_local_model_answers_the_same_from_the_cache_as_when_it_was_asked(chat_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     def said() -> list:
         instructor = VlmInstructor(LocalChat(str(chat_folder), "w"), Responses(tmp_path), 2, max_new_tokens=48)
@@ -75,3 +99,12 @@ class _NoEditor(ExactEditor):
 
     def tries(self, pixels, image_id, request) -> list:
         return []
+
+
+class _Takes(_NoEditor):
+    """An editor that turns every picture into its negative, whatever is asked."""
+
+    name = "model"
+
+    def tries(self, pixels, image_id, request) -> list:
+        return [Try(request, 255 - pixels)]
