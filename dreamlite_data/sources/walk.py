@@ -20,7 +20,7 @@ PORTION_NAMES = 16_384
 
 def files_below(root: Path, by_stem: bool = False, hidden: bool = False) -> Iterator[Path]:
     """Every file below `root` in the order of sorted paths. What begins with a dot is left out without `hidden`. A link to a file is
-    listed, a link to a folder is not entered; nor is a folder that may not be read.
+    listed, a link to a folder is not entered; nor is a folder that may not be read or is not there.
 
     With `by_stem` in the order of the paths without suffix: an image and its sidecars follow one another.
     """
@@ -55,7 +55,7 @@ def sorted_on_disk(entries: Iterable[Entry], order: Callable[[Entry], tuple]) ->
 
 
 def _entries(folder: Path, hidden: bool) -> Iterator[Entry]:
-    with contextlib.suppress(PermissionError), os.scandir(folder) as found:
+    with contextlib.suppress(PermissionError, FileNotFoundError), os.scandir(folder) as found:
         for entry in found:
             if entry.name.startswith(".") and not hidden:
                 continue
