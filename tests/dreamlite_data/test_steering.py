@@ -131,6 +131,6 @@ def test_steering_that_has_nothing_to_steer_is_refused() -> None:
     with pytest.raises(ValueError, match="refresh.quotas.steer has nothing to steer"):
         RefreshSettings(photos={"edits_per_image": 0}, quotas={"steer": True})
     with pytest.raises(ValueError, match="both a mix and shares"):
-        RefreshSettings(quotas={"mix": "dreamlite", "shares": {"object": 1.0}})
+        RefreshSettings(quotas={"mix": "another", "shares": {"object": 1.0}})
     with pytest.raises(ValueError, match="did you mean 'object'"):
         RefreshSettings(quotas={"shares": {"objekt": 1.0}})
