@@ -53,4 +53,4 @@ def measure(
                 rows.append({"part": name, "metric": metric, "value": round(value, 4), "must reach": "" if target is None else target})
         print_rows(rows, "table")
         if short:
-            fail(f"short of what it must reach: {', '.join(short)}")
+            fail(f"short of what it must reach: {', '.join(short)}", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainers.components.build import PACKAGED
 from trainers.components.storage import store_half, unpack
 
 
@@ -22,3 +23,7 @@ def test_half_and_back_loses_the_rounding_alone(tmp_path) -> None:
     assert back["matrix"].dtype == torch.float32 and torch.equal(back["matrix"], stored["matrix"].float())
     assert not torch.equal(back["matrix"], weights["matrix"])  # the rounding is real
     assert sorted(each.name for each in (tmp_path / "part" / "inner").iterdir()) == ["model.safetensors"]
+
+
+def test_the_packaged_parts_weigh_at_most_ten_megabytes() -> None:
+    assert sum(path.stat().st_size for path in PACKAGED.rglob("*") if path.is_file()) <= 10_000_000
