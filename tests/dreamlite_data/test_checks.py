@@ -78,13 +78,18 @@ def test_embeddings_judge_without_a_decode_and_once(lake: Lake, tmp_path: Path, 
     ).to_pylist()
     from dreamlite_data.operators.embed import encoder
 
-    towers = encoder(settings.embed.model, None, 16)
+    towers, directed = encoder(settings.embed.model, None, 16), 0
     for row in judged:
         source, target = (vectors[row[name]] for name in ("source_image_id", "target_image_id"))
         before, after = (towers.texts([row[name]])[0] for name in ("before", "after"))
         assert row["clip_target"] == pytest.approx(float(target @ after), abs=1e-6)
-        way = (target - source) @ (after - before) / np.linalg.norm(target - source) / np.linalg.norm(after - before)
-        assert row["clip_direction"] == pytest.approx(float(way), abs=1e-4)
+        length = np.linalg.norm(target - source) * np.linalg.norm(after - before)
+        if length < 1e-6:  # this tiny model reads some pairs of captions as the same: there is no way between them
+            assert row["clip_direction"] is None
+        else:
+            directed += 1
+            assert row["clip_direction"] == pytest.approx(float((target - source) @ (after - before) / length), abs=1e-4)
+    assert directed > EDITS / 2
     monkeypatch.setattr("dreamlite_data.operators.embed.encoder", None)
     assert not any(value for value in measured(lake, settings).values() if not isinstance(value, str))
     # Switched off again, the first judgement holds, and costs nothing.
