@@ -50,15 +50,14 @@ def build_components(settings: ComponentsSettings, output: Path) -> Path:
     Raises ValueError where a folder of the user's lacks a part, naming all that are missing.
     """
     if settings.source == "train":
-        build_parts(output / "trained", settings)
-        return unpack(output / "trained", output / "components")
+        return _unpacked(build_parts(output / "trained", settings), output / "components")
     source = PACKAGED if settings.source == "packaged" else Path(settings.source).expanduser().resolve()
     missing = [name for name in FOLDERS if not (source / name).is_dir()]
     if missing:
         raise ValueError(f"components.source {source} lacks {', '.join(missing)}: give a complete folder, `packaged` or `train`")
     if settings.source != "packaged":
         return source
-    return unpack(source, output / "components")
+    return _unpacked(source, output / "components")
 
 
 def build_parts(output: Path, settings: ComponentsSettings, only: Sequence[str] = PARTS) -> Path:
@@ -104,6 +103,13 @@ def measure_part(folder: Path, name: str) -> dict[str, float]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """`record.json` of one part."""
     (folder / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _unpacked(source: Path, target: Path) -> Path:
+    """What a run needs of `source`, and no more: a new captioner must not train a model anew."""
+    for name in FOLDERS:
+        unpack(source / name, target / name)
+    return target
 
 
 def _train(name: str, folder: Path, steps: int, seed: int, log: Log) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainers.components.build import PACKAGED
+from trainers.components.build import FOLDERS, PACKAGED, build_components
 from trainers.components.storage import store_half, unpack
+from trainers.settings import ComponentsSettings
 
 
 def test_half_and_back_loses_the_rounding_alone(tmp_path) -> None:
@@ -27,3 +28,10 @@ def test_half_and_back_loses_the_rounding_alone(tmp_path) -> None:
 
 def test_the_packaged_parts_weigh_at_most_ten_megabytes() -> None:
     assert sum(path.stat().st_size for path in PACKAGED.rglob("*") if path.is_file()) <= 10_000_000
+
+
+def test_a_run_gets_what_it_needs_in_single_precision_and_no_captioner(tmp_path) -> None:
+    folder = build_components(ComponentsSettings(), tmp_path)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()) == sorted([*FOLDERS, "rewards"])
+    dtypes = {value.dtype for path in folder.rglob("*.safetensors") for value in load_file(path).values()}
+    assert dtypes == {torch.float32}
