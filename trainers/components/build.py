@@ -50,7 +50,8 @@ def build_components(settings: ComponentsSettings, output: Path) -> Path:
     Raises ValueError where a folder of the user's lacks a part, naming all that are missing.
     """
     if settings.source == "train":
-        return _unpacked(build_parts(output / "trained", settings), output / "components")
+        needed = [name for name in PARTS if name in FOLDERS]
+        return _unpacked(build_parts(output / "trained", settings, needed), output / "components")
     source = PACKAGED if settings.source == "packaged" else Path(settings.source).expanduser().resolve()
     missing = [name for name in FOLDERS if not (source / name).is_dir()]
     if missing:
