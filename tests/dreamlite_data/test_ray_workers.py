@@ -23,6 +23,16 @@ def where(number: int) -> tuple[int, int, str | None]:
     return number, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+def where_together(task: tuple[int, str, int]) -> tuple[int, int, str | None]:
+    """As `where`, once `together` processes are at work at the same time: however slowly they start, each has its turn."""
+    number, folder, together = task
+    (Path(folder) / str(os.getpid())).touch()
+    deadline = time.monotonic() + 120
+    while len(os.listdir(folder)) < together and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return number, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def fails_at_three(number: int) -> int:
     if number == 3:
         raise ValueError("three")
@@ -58,28 +68,31 @@ def two_gpus() -> Iterator[executors.RayExecutor]:
 
 
 @pytest.mark.slow
-def test_each_actor_has_its_own_gpu_and_serves_many_tasks(two_gpus: executors.RayExecutor) -> None:
-    found = list(two_gpus.map(where, list(range(12)), GPU))
+def test_each_actor_has_its_own_gpu_and_serves_many_tasks(two_gpus: executors.RayExecutor, tmp_path: Path) -> None:
+    found = list(two_gpus.map(where_together, [(number, str(tmp_path), 2) for number in range(12)], GPU))
     assert [number for number, _, _ in found] == list(range(12))
     by_process = {process: {gpu for _, other, gpu in found if other == process} for _, process, _ in found}
     assert sorted(by_process.values(), key=str) == [{"0"}, {"1"}]
 
 
 @pytest.mark.slow
-def test_work_without_gpu_sees_none_before_and_after(two_gpus: executors.RayExecutor) -> None:
+def test_work_without_gpu_sees_none_before_and_after(two_gpus: executors.RayExecutor, tmp_path: Path) -> None:
     actors: set[int] = set()
     for _ in range(2):
         on_cpu = list(two_gpus.map(where, list(range(4))))
         assert {gpu for _, _, gpu in on_cpu} == {""}
-        on_gpu = list(two_gpus.map(where, list(range(4)), GPU))
+        together = tmp_path / str(len(actors))
+        together.mkdir()
+        on_gpu = list(two_gpus.map(where_together, [(number, str(together), 2) for number in range(4)], GPU))
         assert {gpu for _, _, gpu in on_gpu} == {"0", "1"}  # free again after the round before
         assert not {process for _, process, _ in on_cpu} & {process for _, process, _ in on_gpu} and not actors & {p for _, p, _ in on_gpu}
         actors |= {process for _, process, _ in on_gpu}
 
 
 @pytest.mark.slow
-def test_parts_of_a_gpu_are_shared_and_whole_ones_are_not(two_gpus: executors.RayExecutor) -> None:
-    halves = list(two_gpus.map(where, list(range(12)), {"num_cpus": 1.0, "num_gpus": 0.5}))
+def test_parts_of_a_gpu_are_shared_and_whole_ones_are_not(two_gpus: executors.RayExecutor, tmp_path: Path) -> None:
+    tasks = [(number, str(tmp_path), 4) for number in range(12)]
+    halves = list(two_gpus.map(where_together, tasks, {"num_cpus": 1.0, "num_gpus": 0.5}))
     assert len({process for _, process, _ in halves}) == 4 and {gpu for _, _, gpu in halves} == {"0", "1"}
     both = list(two_gpus.map(where, list(range(3)), {"num_cpus": 1.0, "num_gpus": 2.0}))
     assert len({process for _, process, _ in both}) == 1 and {gpu for _, _, gpu in both} == {"0,1"}

@@ -179,7 +179,7 @@ def test_every_setting_whose_declaration_is_in_no_key_is_in_the_spec_of_a_step()
     config = load_config("smoke", ["components.source=train"])
     said = canonical_json([step.spec for step in retrain_steps(config)])
     refresh = config.refresh
-    groups = [config.components, config.model, config.evaluate, config.export]
+    groups = [config.components, config.model, config.judging, config.export]
     groups += [refresh.scenes, refresh.photos, refresh.ingest, refresh.policy]
     groups += [getattr(config.train, stage) for stage in type(config.train).model_fields]
     for group in groups:

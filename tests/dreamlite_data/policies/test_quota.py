@@ -152,8 +152,8 @@ def test_settings_cap_the_packaged_datasets(own: Lake) -> None:  # noqa: F811
 
 def test_quotas_can_be_tried_and_committed_on_a_file(own: Lake) -> None:  # noqa: F811
     file = PACKAGED / "edit.sql"
-    trial = try_policy(own, file, overrides={"quotas": {"object": 0.5, "attribute": 0.5}, "quota_rows": 20})
-    assert trial.kept == 20 and set(trial.leaving["rule"].to_pylist()) == {"quota"}
+    trial = try_policy(own, file, overrides={"quotas": {"object": 0.5, "attribute": 0.5}, "quota_rows": 16})
+    assert trial.kept == 16 and set(trial.leaving["rule"].to_pylist()) == {"quota"}
     with pytest.raises(PolicyError, match="--set quota: .* did you mean 'quotas'"):
         try_policy(own, file, overrides={"quota": "dreamlite"})
     made, _ = commit_policy(own, file, "edit", {"quotas": "dreamlite", "quota_rows": 20, "allow_unanimous": ["*"]})

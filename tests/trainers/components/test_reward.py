@@ -1,6 +1,8 @@
 """The small world's reward trainer: labels that are true, pairs that point the right way, checkpoints that load.
 Learning itself is measured by `build_reward`; here a few steps show that every loss moves."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -127,9 +129,9 @@ def test_calibration_error_is_nought_for_a_model_that_is_as_sure_as_it_is_right(
     wins = generator.random(count) < sure
     flipped = mu.reshape(-1, 2)
     flipped[~wins] = flipped[~wins][:, ::-1]  # the side that won is put first, as in pairs of right and wrong
-    scores = RewardScores(mu, spread, np.zeros((2 * count, 1, 2)), (None,) * (2 * count))
+    scores = RewardScores(mu, spread, np.zeros((2 * count, 1, 2)), (None,) * (2 * count), np.ones(2 * count, int))
     assert calibration_error(scores) < 0.01
-    certain = RewardScores(5 * mu, spread, scores.heads, scores.errors)
+    certain = dataclasses.replace(scores, mu=5 * mu)
     assert calibration_error(certain) > 0.05  # surer than it is right
 
 
