@@ -109,12 +109,16 @@ def reward_config(kind: Kind, tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConf
 
 def ranking_loss(better: Tensor, worse: Tensor, points: int = 16) -> Tensor:
     """HPSv3's uncertainty loss of pairs [N, 2] of (mu, log sigma): the mean of -logsigmoid(z) for z normal with mean
-    mu_b - mu_w and variance sigma_b^2 + sigma_w^2. The original draws 1000 samples; Gauss-Hermite is exact."""
-    nodes, weights = np.polynomial.hermite.hermgauss(points)
-    difference = better[:, 0] - worse[:, 0]
+    mu_b - mu_w and variance sigma_b^2 + sigma_w^2."""
     sigma = (torch.exp(2 * better[:, 1].clamp(-5, 3)) + torch.exp(2 * worse[:, 1].clamp(-5, 3))).sqrt()
-    z = difference[:, None] + 2**0.5 * sigma[:, None] * torch.tensor(nodes, dtype=difference.dtype)
-    return -(F.logsigmoid(z) * torch.tensor(weights / np.pi**0.5, dtype=z.dtype)).sum(1).mean()
+    return -normal_mean(F.logsigmoid, better[:, 0] - worse[:, 0], sigma, points).mean()
+
+
+def normal_mean(function: Callable[[Tensor], Tensor], mean: Tensor, sigma: Tensor, points: int = 16) -> Tensor:
+    """E[function(z)] for z normal with these means and deviations, [N]. The original draws 1000 samples; Gauss-Hermite is exact."""
+    nodes, weights = np.polynomial.hermite.hermgauss(points)
+    z = mean[:, None] + 2**0.5 * sigma[:, None] * torch.tensor(nodes, dtype=mean.dtype)
+    return (function(z) * torch.tensor(weights / np.pi**0.5, dtype=z.dtype)).sum(1)
 
 
 def preferred_pairs(rows: list[Row]) -> tuple[Tensor, Tensor]:
@@ -190,7 +194,7 @@ class Trainee(nn.Module):
         return ranking_loss(mean[better], mean[worse])
 
     def features(self, pictures: list[Picture]) -> Tensor:
-        """Visual tokens [pictures, 16, hidden]."""
+        """Visual tokens [pictures, 9, hidden]."""
         pixels = torch.from_numpy(np.stack([each.pixels for each in pictures])).permute(0, 3, 1, 2) / 255
         spec = self.spec
         values = normalised_from_tensor(

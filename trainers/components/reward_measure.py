@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreamlite_data import scenes
 from dreamlite_data.rewards import RewardScores, load_reward
+from trainers.components.reward import normal_mean
 from trainers.components.reward_pairs import (
     CANDIDATES,
     DEGRADATIONS,
@@ -107,15 +108,8 @@ def calibration_error(scores: RewardScores) -> float:
     """Expected calibration error of rows 0, 2, .. against 1, 3, ..: the mean gap between how sure the model is of a pair (from mu
     and sigma, as the ranking loss reads them) and how often it is right, over bins of equal width, weighted by their pairs."""
     mu, variance = torch.from_numpy(scores.mu), torch.from_numpy(np.exp(2 * scores.log_sigma))
-    sure = win_probability(mu[0::2] - mu[1::2], (variance[0::2] + variance[1::2]).sqrt()).numpy()
+    sure = normal_mean(torch.sigmoid, mu[0::2] - mu[1::2], (variance[0::2] + variance[1::2]).sqrt()).numpy()
     right, confidence = sure > 0.5, np.maximum(sure, 1 - sure)
     bins = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     gaps = [abs(right[bins == each].mean() - confidence[bins == each].mean()) * (bins == each).mean() for each in np.unique(bins)]
     return float(sum(gaps))
-
-
-def win_probability(difference: torch.Tensor, sigma: torch.Tensor, points: int = 16) -> torch.Tensor:
-    """E[sigmoid(z)] for z normal with this mean and deviation: the probability that one side is preferred, by Gauss-Hermite."""
-    nodes, weights = np.polynomial.hermite.hermgauss(points)
-    z = difference[:, None] + 2**0.5 * sigma[:, None] * torch.tensor(nodes, dtype=difference.dtype)
-    return (torch.sigmoid(z) * torch.tensor(weights / np.pi**0.5, dtype=z.dtype)).sum(1)

@@ -10,7 +10,7 @@ import torch
 from dreamlite_data import scenes
 from dreamlite_data.rewards import RewardScores, load_reward
 from trainers.components import reward, reward_pairs
-from trainers.components.reward_measure import calibration_error, edit_pairs, generate_pairs, pair_accuracy, win_probability
+from trainers.components.reward_measure import calibration_error, edit_pairs, generate_pairs, pair_accuracy
 from trainers.components.reward_pairs import Row
 
 
@@ -125,7 +125,7 @@ def test_calibration_error_is_nought_for_a_model_that_is_as_sure_as_it_is_right(
     mu = np.zeros(2 * count, np.float32)
     mu[0::2] = difference
     spread = np.full(2 * count, np.log(0.7), np.float32)
-    sure = win_probability(torch.tensor(difference), torch.full((count,), 0.7 * 2**0.5, dtype=torch.float64)).numpy()
+    sure = reward.normal_mean(torch.sigmoid, torch.tensor(difference), torch.full((count,), 0.7 * 2**0.5, dtype=torch.float64)).numpy()
     wins = generator.random(count) < sure
     flipped = mu.reshape(-1, 2)
     flipped[~wins] = flipped[~wins][:, ::-1]  # the side that won is put first, as in pairs of right and wrong
