@@ -22,7 +22,8 @@ from dreamlite_data.chat import LocalChat, Question
 from dreamlite_data.operators.caption import scene_words
 from dreamlite_data.operators.describe import prompts
 from dreamlite_data.responses import Responses
-from trainers.components.classes import CELLS
+from trainers.components.classes import CELLS, IGNORE
+from trainers.components.initialise import initialise_narrow
 from trainers.components.reward_pairs import draw_scene
 from trainers.components.text_encoder import IMAGE_PX, PATCH_PX, CellHead, patchify, text_encoder_config
 from trainers.components.tokenizer import build_processor, build_tokenizer, world_corpus
@@ -42,7 +43,6 @@ ROWS = ({"tag": 2, "short": 2, "medium": 6}, {"dense": 2}, {DIFFERENCE: 16})
 PEAK_RATE = 3e-3
 WEIGHTS = {"medium": 1.0, "dense": 0.3, DIFFERENCE: 1.0, "before": 0.3}
 MAX_NEW_TOKENS = 96
-IGNORE = -100  # label that cross_entropy skips
 
 
 def questions() -> dict[str, str]:
@@ -58,10 +58,7 @@ def build_captioner(
     tokenizer = caption_tokenizer()
     config = text_encoder_config(tokenizer, feed_forward=2, deepstack=())
     model = Qwen3VLForConditionalGeneration(config).train()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.lm_head:
-            # transformers draws with a deviation of 0.02, which starves a network this narrow at the start.
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    initialise_narrow(model, (nn.Linear,), leave=model.lm_head)
     tower = {name: value for name, value in vision.state_dict().items() if not name.startswith("deepstack")}
     model.model.visual.load_state_dict(tower)
     model.model.visual.requires_grad_(False)

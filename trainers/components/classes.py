@@ -3,6 +3,8 @@ A part that can say them in one layer has them in its states, where the diffusio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -15,6 +17,13 @@ FIELDS = {
 }
 GLOBALS = {"background": list(scenes.BACKGROUNDS), "style": list(scenes.STYLES)}
 CELLS = len(scenes.POSITIONS)
+IGNORE = -100
+"""The label that cross_entropy skips."""
+
+
+def label_columns(labels: list[dict[str, int]], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """One column, [rows], for each name; what a row does not say is ignored."""
+    return {name: torch.tensor([each.get(name, IGNORE) for each in labels]) for name in names}
 
 
 def scene_labels(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,9 @@ from dreamlite_data.rewards.preprocess import normalised_from_tensor, patchify
 from dreamlite_data.rewards.spec import SPEC_FILE, RewardSpec, released_spec
 from dreamlite_data.rewards.text import RewardTokenizer, split_common
 from trainers.components import reward_pairs
-from trainers.components.reward_pairs import BACKGROUNDS, COLOURS, DEGRADATIONS, IGNORE, POSITIONS, SHAPES, SIZES, STYLES, Picture, Row
+from trainers.components.classes import IGNORE, label_columns
+from trainers.components.initialise import initialise_narrow
+from trainers.components.reward_pairs import BACKGROUNDS, COLOURS, DEGRADATIONS, POSITIONS, SHAPES, SIZES, STYLES, Picture, Row
 from trainers.components.tokenizer import build_tokenizer
 from trainers.loop import optimizer_step
 from trainers.optimizer import Muon
@@ -142,10 +144,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.kind, self.tokenizer, self.spec = kind, tokenizer, spec
         self.network = RewardNetwork(reward_config(kind, tokenizer.tokenizer), [HEAD_WIDTHS] * len(spec.heads))
-        for module in self.network.backbone.modules():
-            if isinstance(module, nn.Linear | nn.Conv3d):
-                # transformers draws with a deviation of 0.02, which starves a network this narrow at the start.
-                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        initialise_narrow(self.network.backbone)
         self.probes = nn.ModuleDict(
             {site: nn.Linear(HIDDEN, sum(classes.values())) for site, classes in PROBES[kind].items()}
         )
@@ -167,8 +166,8 @@ class Trainee(nn.Module):
         losses["image"] = self.probe("image", in_image, _image_labels(pictures, rows))
         found = [(row, place, labels) for row, place, labels in sites if labels]
         at = hidden[torch.tensor([each[0] for each in found]), torch.tensor([each[1] for each in found])]
-        losses["site"] = self.probe("site", at, _stack([each[2] for each in found], PROBES[self.kind]["site"]))
-        verdicts = _stack([each for row in rows for each in row.verdict], PROBES[self.kind]["reward"])
+        losses["site"] = self.probe("site", at, label_columns([each[2] for each in found], PROBES[self.kind]["site"]))
+        verdicts = label_columns([each for row in rows for each in row.verdict], PROBES[self.kind]["reward"])
         losses["reward"] = self.probe("reward", rewards.flatten(0, 1), verdicts)
         return losses
 
@@ -241,10 +240,6 @@ class Trainee(nn.Module):
             loss = F.cross_entropy(logits[name], values, ignore_index=IGNORE, reduction="none")
             total = total + (loss * weight).sum() / weight.sum().clamp(min=1)
         return total / len(labels)
-
-
-def _stack(labels: list[dict[str, int]], classes: dict[str, int]) -> dict[str, Tensor]:
-    return {name: torch.tensor([each.get(name, IGNORE) for each in labels]) for name in classes}
 
 
 def _token_labels(picture: Picture) -> np.ndarray:

@@ -12,13 +12,13 @@ from scipy import ndimage
 
 from dreamlite_data import scenes
 from dreamlite_data.scenes.render import coverage
+from trainers.components.classes import IGNORE
 
 COLOURS, SHAPES, SIZES = list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.SIZES)
 BACKGROUNDS, STYLES, POSITIONS = list(scenes.BACKGROUNDS), list(scenes.STYLES), list(scenes.POSITIONS)
 DEGRADATIONS = ("blur", "noise", "washed", "ghost", "patches", "mixture")
 VARIANTS = ("recolour", "replace", "resize", "move", "add", "remove", "background", "style", "other")
 HELD_OUT_SHARE = 10
-IGNORE = -100  # label that cross_entropy skips
 
 PHRASE_END = re.compile(rf"\bat the ({'|'.join(sorted(POSITIONS, key=len, reverse=True))})(?= |,|$)")
 BACKGROUND_END = re.compile(r"\bbackground\b")

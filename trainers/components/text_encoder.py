@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 
 from dreamlite_data import scenes
 from trainers.components.classes import CELLS, FIELDS, GLOBALS, scene_labels
+from trainers.components.initialise import initialise_narrow
 from trainers.conditioning import (
     EDIT_PROMPT,
     EDIT_TEMPLATE,
@@ -157,10 +158,7 @@ def build_text_encoder(
     """
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(text_encoder_config(tokenizer)).train()
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d) and module is not model.lm_head:
-            # transformers draws with a deviation of 0.02, which starves a network this narrow at the start.
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    initialise_narrow(model, leave=model.lm_head)
     hidden = model.config.text_config.hidden_size
     probe, seen, known, site = SceneProbe(hidden), CellHead(hidden), CellHead(hidden), SiteHead(hidden)
     modules = (model, probe, seen, known, site)

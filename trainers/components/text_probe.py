@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from dreamlite_data import scenes
 from dreamlite_data.scenes.language import object_phrase
+from trainers.components.classes import IGNORE, label_columns
 from trainers.components.reward_pairs import draw_scene
 from trainers.components.text_encoder import OBJECT_FIELDS, turn_end_tokens
 from trainers.conditioning import PromptEncoder, as_image
 
 BATCH = 64
-IGNORE = -100  # label that cross_entropy skips
 
 
 def linear_probe(encoder: PromptEncoder, *, seed: int, train_rows: int = 3_072, measured_rows: int = 1_024) -> dict[str, float]:
@@ -54,7 +54,7 @@ def _caption_states(encoder: PromptEncoder, rows: int, rng: np.random.Generator,
             place = next(index for index, (_, stop) in enumerate(words["offset_mapping"]) if stop >= end)
             states.append(kept.states[row, place])
             labels.append({name: values.index(getattr(item, name)) for name, values in OBJECT_FIELDS.items()})
-    return torch.stack(states), _columns(labels, list(OBJECT_FIELDS))
+    return torch.stack(states), label_columns(labels, list(OBJECT_FIELDS))
 
 
 def _instruction_states(encoder: PromptEncoder, rows: int, rng: np.random.Generator, measured: bool) -> Labelled:
@@ -70,11 +70,7 @@ def _instruction_states(encoder: PromptEncoder, rows: int, rng: np.random.Genera
             item = edit.before or edit.after
             found = {} if item is None else {name: values.index(getattr(item, name)) for name, values in OBJECT_FIELDS.items()}
             labels.append({"kind": scenes.EDIT_KINDS.index(edit.kind)} | found)
-    return torch.stack(states), _columns(labels, ["kind", *OBJECT_FIELDS])
-
-
-def _columns(labels: list[dict[str, int]], names: list[str]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([each.get(name, IGNORE) for each in labels]) for name in names}
+    return torch.stack(states), label_columns(labels, ["kind", *OBJECT_FIELDS])
 
 
 def _fit(states: torch.Tensor, labels: torch.Tensor) -> nn.Linear:

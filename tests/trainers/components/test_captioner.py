@@ -16,7 +16,6 @@ from dreamlite_data.responses import Responses
 from trainers.components.build import PACKAGED
 from trainers.components.captioner import (
     DIFFERENCE,
-    IGNORE,
     Batch,
     caption_tokenizer,
     draw_batch,
@@ -24,7 +23,7 @@ from trainers.components.captioner import (
     measure_captioner,
     questions,
 )
-from trainers.components.classes import CELLS
+from trainers.components.classes import CELLS, IGNORE
 from trainers.components.text_encoder import patchify
 
 
