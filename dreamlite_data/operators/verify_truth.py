@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from dreamlite_data import scenes
 from dreamlite_data.operators import composite, exact
@@ -25,10 +25,8 @@ from dreamlite_data.operators.verify_measures import Measures, measure_triplet
 from dreamlite_data.operators.verify_rules import Rules, load_rules
 from dreamlite_data.operators.verify_truth_photos import style_truth, text_truth
 from dreamlite_data.operators.wording import draw_colour
+from dreamlite_data.shares import Share
 from dreamlite_data.taxonomy import load_taxonomy
-
-CONFIDENCE = 0.95
-
 
 # --- composites ------------------------------------------------------------------------------------------------------
 
@@ -230,11 +228,11 @@ def report_of(cases: Iterable[Case], masks: bool = True, rules: Rules | None = N
         head = {"origin": origin, "edit_type": edit_type}
         rows.append({
             **head, "fault": "all", "true": true, "passed": passed, "false": false, "missed": missed,
-            **_share("recall", passed, true), **_share("precision", passed, passed + missed),
+            **Share(passed, true).columns("recall"), **Share(passed, passed + missed).columns("precision"),
             "undecided": undecided, "not_evaluated": sorted(absent[origin, edit_type]),
         })  # fmt: skip
         rows += [
-            {**head, "fault": fault, "false": found[0], "missed": found[1], **_share("caught", found[0] - found[1], found[0])}
+            {**head, "fault": fault, "false": found[0], "missed": found[1], **Share(found[0] - found[1], found[0]).columns("caught")}
             for fault, found in spoilt.items()
         ]
     return rows
@@ -253,14 +251,6 @@ def with_words_read(cases: Iterable[Case]) -> Iterator[Case]:
             seen.append(known[key])
         (before, was), (after, is_now) = seen
         yield dataclasses.replace(case, given=case.given | text_measures(case.instruction, before, after, was, is_now))
-
-
-def _share(name: str, hits: int, total: int) -> dict[str, float | None]:
-    """A share with its Wilson interval."""
-    if not total:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    interval = stats.binomtest(hits, total).proportion_ci(CONFIDENCE, method="wilson")
-    return {name: hits / total, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
 
 
 def spread(cases: Iterable[Case], names: Sequence[str], masks: bool = True) -> dict[str, dict[str, dict[str, tuple[float, ...]]]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from dreamlite_data.rewards.model import RewardModel
 from dreamlite_data.rewards.rows import ROWS_PER_BATCH, JsonLine, RewardInput, read_json_lines, reward_input, score_inputs
+from dreamlite_data.shares import Share
 
 SIDE_FIELDS = {
     "hpsv3": (("image_a", "prompt"), ("image_b", "prompt")),
@@ -23,7 +24,6 @@ SIDE_FIELDS = {
 
 LABEL_FIELD = "preferred"
 LABELS = {"a": 1, "b": -1, "tie": 0}
-CONFIDENCE = 0.95
 
 
 class PairsError(ValueError):
@@ -50,7 +50,8 @@ def score_pairs(model: RewardModel, path: Path, label_field: str = LABEL_FIELD, 
     """
     lookup = _labels_by_id(labels_path) if labels_path else None
     found = ScoredPairs()
-    for batch in _batched(read_json_lines(path), ROWS_PER_BATCH // 2):
+    lines = read_json_lines(path)
+    while batch := list(itertools.islice(lines, ROWS_PER_BATCH // 2)):
         _score_batch(model, batch, path.parent, label_field, lookup, found)
     return found
 
@@ -62,17 +63,6 @@ def inputs_of_pairs(path: Path, kind: str) -> Iterator[RewardInput]:
             yield from [reward_input(line.fields, names, path.parent) for names in SIDE_FIELDS[kind]]
         except ValueError:
             continue  # evaluation says what is wrong with this pair
-
-
-def _batched(lines: Iterator[JsonLine], size: int) -> Iterator[list[JsonLine]]:
-    batch: list[JsonLine] = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _labels_by_id(path: Path) -> dict[Any, dict[str, Any]]:
@@ -156,27 +146,6 @@ def _fold(number: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A share with its Wilson interval; None of `total` 0."""
-
-    hits: int
-    total: int
-
-    @property
-    def value(self) -> float | None:
-        """hits / total."""
-        return self.hits / self.total if self.total else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Low and high end of the 95 % Wilson interval."""
-        if not self.total:
-            return None
-        found = stats.binomtest(self.hits, self.total).proportion_ci(CONFIDENCE, method="wilson")
-        return float(found.low), float(found.high)
-
-
-@dataclasses.dataclass(frozen=True)
 class PairAccuracy:
     """Agreement with people. `without_ties` is over pairs in which they saw a difference, equal scores being wrong.
     `with_ties` is over all pairs, the model calling a tie where scores differ by at most `threshold`, the one that is
@@ -239,6 +208,5 @@ def accuracy_rows(scored: ScoredPairs) -> list[dict[str, Any]]:
 def _as_row(judge: str, found: PairAccuracy) -> dict[str, Any]:
     row: dict[str, Any] = {"judge": judge, "pairs": found.pairs, "ties": found.ties}
     for name, share in (("without_ties", found.without_ties), ("with_ties", found.with_ties), ("with_ties_held_out", found.held_out)):
-        low, high = share.interval or (None, None)
-        row |= {name: share.value, f"{name}_low": low, f"{name}_high": high}
+        row |= share.columns(name)
     return row | {"tie_threshold": found.threshold}

@@ -4,6 +4,7 @@ A line that cannot be read or scored becomes a row with its `error`."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,13 +107,9 @@ def score_inputs(model: RewardModel, inputs: list[RewardInput]) -> list[dict[str
 def score_file(model: RewardModel, path: Path, rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[dict[str, Any]]:
     """A dict for every row of the file, in its order: `row` (line number), `id` where the row has one, and what
     `score_inputs` says. At most `rows_per_batch` rows are in memory."""
-    batch: list[JsonLine] = []
-    for line in read_json_lines(path):
-        batch.append(line)
-        if len(batch) == rows_per_batch:
-            yield from _score_lines(model, batch, path.parent)
-            batch = []
-    yield from _score_lines(model, batch, path.parent)
+    lines = read_json_lines(path)
+    while batch := list(itertools.islice(lines, rows_per_batch)):
+        yield from _score_lines(model, batch, path.parent)
 
 
 def _score_lines(model: RewardModel, lines: list[JsonLine], folder: Path) -> Iterator[dict[str, Any]]:
