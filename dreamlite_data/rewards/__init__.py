@@ -2,7 +2,8 @@
 All score datasets (`score`) and give gradients to images (`differentiable`)."""
 
 from dreamlite_data.rewards.kinds import KINDS, Scorer, load_scorer, load_scorer_packer
-from dreamlite_data.rewards.model import RewardModel, RewardScores, load_reward
+from dreamlite_data.rewards.model import RewardModel, load_reward
+from dreamlite_data.rewards.scores import RewardScores
 from dreamlite_data.rewards.spec import RewardSpec
 from dreamlite_data.rewards.stored import RewardCheckpointError
 

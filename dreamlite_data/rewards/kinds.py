@@ -3,9 +3,12 @@ All of them answer `score`, `score_packed`, `differentiable`, `scorer_id` and `h
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dreamlite_data.rewards.aesthetic import Aesthetic, aesthetic_packer, load_aesthetic
 from dreamlite_data.rewards.image_reward import ImageReward, image_reward_packer, load_image_reward
@@ -16,7 +19,18 @@ from dreamlite_data.rewards.towers import ClipScore, HpsV2, PickScore, clip_pack
 
 REWARD = "reward"
 """A reward model of the classes of HPSv3 and EditReward; its folder says which."""
-KINDS = (REWARD, ClipScore.kind, PickScore.kind, HpsV2.kind, ImageReward.kind, Aesthetic.kind)
+FURTHER: dict[str, tuple[type[SquareScorer], Callable[[Path, torch.dtype], nn.Module], Callable[[Path], SquarePacker]]] = {
+    scorer.kind: (scorer, load, pack)
+    for scorer, load, pack in (
+        (ClipScore, load_clip_folder, functools.partial(clip_packer, kind=ClipScore.kind)),
+        (PickScore, load_clip_folder, functools.partial(clip_packer, kind=PickScore.kind)),
+        (HpsV2, load_open_clip, functools.partial(clip_packer, kind=HpsV2.kind)),
+        (ImageReward, load_image_reward, image_reward_packer),
+        (Aesthetic, load_aesthetic, aesthetic_packer),
+    )
+}
+"""Every further scorer by its kind: its class, what reads its network from a folder, and what packs rows for it."""
+KINDS = (REWARD, *FURTHER)
 
 Scorer = RewardModel | SquareScorer
 
@@ -28,14 +42,8 @@ def load_scorer(kind: str, folder: Path | str, device: str | torch.device = "cpu
     if kind == REWARD:
         return load_reward(folder, device, dtype)
     packer = load_scorer_packer(kind, folder)
-    if kind == HpsV2.kind:
-        return HpsV2(folder, packer, load_open_clip(folder, dtype).to(device), dtype)
-    if kind == ImageReward.kind:
-        return ImageReward(folder, packer, load_image_reward(folder, dtype).to(device), dtype)
-    if kind == Aesthetic.kind:
-        return Aesthetic(folder, packer, load_aesthetic(folder, dtype).to(device), dtype)
-    scorer = ClipScore if kind == ClipScore.kind else PickScore
-    return scorer(folder, packer, load_clip_folder(folder, dtype).to(device), dtype)
+    scorer, load, _ = FURTHER[kind]
+    return scorer(folder, packer, load(folder, dtype).to(device), dtype)
 
 
 def load_scorer_packer(kind: str, folder: Path | str) -> RowPacker | SquarePacker:
@@ -45,8 +53,4 @@ def load_scorer_packer(kind: str, folder: Path | str) -> RowPacker | SquarePacke
         raise ValueError(f"there is no scorer of kind {kind!r}: the kinds are {', '.join(KINDS)}")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} for the scorer {kind!r}: put the model there or correct the setting")
-    if kind == REWARD:
-        return load_packer(folder)
-    if kind == ImageReward.kind:
-        return image_reward_packer(folder)
-    return aesthetic_packer(folder) if kind == Aesthetic.kind else clip_packer(folder, kind)
+    return load_packer(folder) if kind == REWARD else FURTHER[kind][2](folder)

@@ -3,7 +3,6 @@ One class for HPSv3 and EditReward; what differs between them is in the spec."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -17,21 +16,9 @@ from dreamlite_data.rewards.gradient import chunked
 from dreamlite_data.rewards.network import PackedText, RewardNetwork, load_network
 from dreamlite_data.rewards.packing import MAX_BATCH_TOKENS, PackedRows, Picture, RowPacker
 from dreamlite_data.rewards.preprocess import check_images01, normalise_pixels, normalised_from_tensor, patchify
+from dreamlite_data.rewards.scores import RewardScores
 from dreamlite_data.rewards.spec import RewardSpec, read_spec
 from dreamlite_data.rewards.stored import RewardCheckpointError, weight_files
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardScores:
-    """Scores of B rows. `heads` [B, H, 2] holds (mu, log sigma) of each head, `mu` and `log_sigma` their means over
-    heads. Index 1 is a log standard deviation, never a quality. A row that could not be scored has NaN and a reason
-    in `errors`, which is None elsewhere. `tokens` int64 [B] counts what ran through the network, 0 for such a row."""
-
-    mu: np.ndarray
-    log_sigma: np.ndarray
-    heads: np.ndarray
-    errors: tuple[str | None, ...]
-    tokens: np.ndarray
 
 
 class RewardModel:
@@ -102,19 +89,11 @@ class RewardModel:
     ) -> RewardScores:
         """Score rows that a packer of this model prepared, in batches of `batch_tokens` tokens with their padding and,
         where given, of at most `batch_size` rows."""
-        errors = list(packed.errors)
-        heads = np.full((len(errors), len(self.spec.heads), 2), np.nan, np.float32)
+        heads = np.full((len(packed.errors), len(self.spec.heads), 2), np.nan, np.float32)
         with torch.inference_mode():
             for batch in packed.batches(batch_tokens, batch_size):
                 heads[packed.rows[batch]] = self._score_batch(packed, batch).cpu().numpy()
-        for index in np.flatnonzero(~np.isfinite(heads).all((1, 2))):
-            errors[index] = errors[index] or "the model returned a value that is not finite"
-            heads[index] = np.nan
-        mean = heads.mean(1)
-        tokens = np.zeros(len(errors), np.int64)
-        tokens[packed.rows] = packed.n_tokens
-        tokens[np.isnan(mean[:, 0])] = 0
-        return RewardScores(mean[:, 0].copy(), mean[:, 1].copy(), heads, tuple(errors), tokens)
+        return RewardScores.of(packed, heads)
 
     def differentiable(
         self,

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLModel, Qwen2VLM
 
 from dreamlite_data.rewards.four_bit import make_four_bit
 from dreamlite_data.rewards.loader import head_widths, key_problems, load_weights, vocabulary_rows
-from dreamlite_data.rewards.stored import RewardCheckpointError, StoredTensor, read_headers, weight_files
+from dreamlite_data.rewards.stored import RewardCheckpointError, StoredTensor, misfits, read_headers, weight_files
 
 BACKBONES = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
 TRUNK = 0
@@ -151,9 +151,7 @@ def skeleton(model_dir: Path, header: dict[str, StoredTensor]) -> RewardNetwork:
         setattr(config.text_config, name, None)  # unused here, and the base's ids may lie past a shrunk vocabulary
     with torch.device("meta"):
         network = RewardNetwork(config, widths)
-    problems = {word: keys for word, keys in key_problems(network, header).items() if keys}
-    if problems:
-        listed = "; ".join(f"{len(keys)} {word}: {', '.join(keys)}" for word, keys in problems.items())
+    if listed := misfits(key_problems(network, header)):
         raise RewardCheckpointError(
             f"{model_dir}: the weights do not fit config.json ({listed}); "
             "use the config.json of the base model that this checkpoint was trained from"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dreamlite_data.rewards.gradient import chunked
-from dreamlite_data.rewards.model import RewardScores
 from dreamlite_data.rewards.packing import MAX_BATCH_TOKENS, Picture, prompt_error
 from dreamlite_data.rewards.preprocess import check_images01, opened_image
+from dreamlite_data.rewards.scores import RewardScores
 from dreamlite_data.rewards.squares import Square
 
 PACKING_VERSION = 1
@@ -129,21 +129,13 @@ class SquareScorer(abc.ABC):
 
     def score_packed(self, packed: PackedSquares, batch_tokens: int = MAX_BATCH_TOKENS) -> RewardScores:
         """Score rows that a packer of this scorer prepared, in batches of `batch_tokens`."""
-        errors = list(packed.errors)
-        found = np.full(len(errors), np.nan, np.float32)
+        heads = np.full((len(packed.errors), 1, 2), np.nan, np.float32)
         with torch.inference_mode():
             for batch in packed.batches(batch_tokens):
                 pixels = self.packer.square.of_pixels(packed.pixels[batch]).to(self.device, self.dtype)
                 ids, mask = (torch.from_numpy(each[batch]).to(self.device) for each in (packed.ids, packed.mask))
-                found[packed.rows[batch]] = self.mu(pixels, ids.long(), mask).float().cpu().numpy()
-        for index in np.flatnonzero(~np.isfinite(found)):
-            errors[index] = errors[index] or "the model returned a value that is not finite"
-            found[index] = np.nan
-        without = np.full_like(found, np.nan)
-        tokens = np.zeros(len(errors), np.int64)
-        tokens[packed.rows] = packed.n_tokens
-        tokens[np.isnan(found)] = 0
-        return RewardScores(found, without, np.stack([found, without], -1)[:, None], tuple(errors), tokens)
+                heads[packed.rows[batch], 0, 0] = self.mu(pixels, ids.long(), mask).float().cpu().numpy()
+        return RewardScores.of(packed, heads, slice(1))  # there is no log sigma
 
     def differentiable(self, images01: Tensor, prompts: Sequence[str], sources01: Tensor | None = None, chunk_size: int = 32) -> Tensor:
         """mu [B] of float images [B, 3, H, W] in [0, 1], with gradient to `images01` only; `sources01` are not looked at.

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 class RewardCheckpointError(ValueError):
     """A reward checkpoint that cannot be used; the message says what is wrong, where, and how to mend it."""
+
+
+def misfits(problems: Mapping[str, Sequence[str]]) -> str:
+    """Keys that do not fit, by what is wrong with them, as part of a sentence; empty where there are none."""
+    return "; ".join(f"{len(keys)} {word}: {', '.join(keys)}" for word, keys in problems.items() if keys)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamlite_data.rewards.stored import RewardCheckpointError
+from dreamlite_data.rewards.stored import RewardCheckpointError, misfits
 
 WRAPPERS = ("state_dict", "model")
 """Names under which training scripts put the tensors: open_clip's and HPSv2's, and BLIP's."""
@@ -60,17 +60,9 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], where: Path, *, dtype:
         f"{key} {tuple(state[key].shape)} instead of {expected[key]}"
         for key in sorted(expected.keys() & state.keys()) if tuple(state[key].shape) != expected[key]
     ]  # fmt: skip
-    problems = [
-        f"{len(keys)} {word}: {', '.join(keys)}"
-        for word, keys in (
-            ("missing", sorted(expected.keys() - state.keys())),
-            ("unexpected", sorted(state.keys() - expected.keys())),
-            ("misshapen", misshapen),
-        )
-        if keys
-    ]  # fmt: skip
-    if problems:
-        raise RewardCheckpointError(f"{where}: the weights do not fit the configuration ({'; '.join(problems)})")
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if listed := misfits({"missing": missing, "unexpected": unexpected, "misshapen": misshapen}):
+        raise RewardCheckpointError(f"{where}: the weights do not fit the configuration ({listed})")
     filled = {key: value.to(torch.float32 if key.startswith(heads) else dtype) for key, value in state.items()}
     network.load_state_dict(filled, assign=True)
     for name, buffer in network.named_buffers():
