@@ -20,7 +20,7 @@ from dreamlite_data.operators.verify_rules import load_rules
 from dreamlite_data.operators.verify_triplet import Inputs, VerifyTriplet, triplet_subjects
 from dreamlite_data.responses import responses_folder
 from dreamlite_data.settings import RefreshSettings
-from dreamlite_data.sources.base import DigestCache
+from dreamlite_data.sources.digests import DigestCache, file_digests
 
 PICTURES = {"target_bytes": "target_image_id", "source_bytes": "source_image_id"}
 
@@ -47,7 +47,7 @@ def check_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
     verify_edit = functools.partial(VerifyEdit, reading[0])
     if name == "verify_edit":
         return Measurement(verify_edit, _edit_subjects(op_version(verify_edit())), PICTURES)
-    digests = DigestCache(lake.files / "cache" / "weights.sqlite")
+    digests = file_digests(lake.files)
     makes = _judges(lake, settings, op_version(verify_edit()), digests)
     digests.save()
     return makes[name]
@@ -90,16 +90,3 @@ def _judges(lake: Lake, settings: RefreshSettings, measures: str, digests: Diges
     judge: Callable[[], VerifyTriplet] = functools.partial(VerifyTriplet, Inputs(**versions))
     found["verify_triplet"] = Measurement(judge, triplet_subjects(VerifyTriplet.table, op_version(judge()), Inputs(**versions)))
     return found
-
-
-def withdraw_open_questions(lake: Lake, measurement: Measurement) -> None:
-    """Make questions pending again that failed for a passing reason, and with each the verdicts that were given without it."""
-    version = op_version(measurement.make())
-    again = "SELECT subject_id FROM op_edit_question WHERE op_version = ? AND retry"
-    if lake.query(f"SELECT count(*) AS n FROM ({again.replace('?', '$version')})", {"version": version})["n"][0].as_py():
-
-        def body(connection) -> None:
-            connection.execute(f"DELETE FROM op_verify_triplet WHERE subject_id IN ({again})", [version])
-            connection.execute("DELETE FROM op_edit_question WHERE op_version = ? AND retry", [version])
-
-        lake.write(body)

@@ -16,7 +16,7 @@ from dreamlite_data.operators.duplicates import Duplicates
 from dreamlite_data.operators.run import make_current, pending
 from dreamlite_data.operators.semantic import Semantic, unit_vectors
 from dreamlite_data.settings import Benchmark, RefreshSettings
-from dreamlite_data.sources.base import DigestCache
+from dreamlite_data.sources.digests import DigestCache, file_digests
 
 ROWS_AT_ONCE = 65_536
 """Embeddings and texts are wide: of those so many are held at a time. A cut into portions is no other result than a cut into
@@ -116,7 +116,7 @@ def find_contamination(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
 
 
 def _entries(lake: Lake, benchmarks: tuple[Benchmark, ...]) -> pa.Table:
-    digests = DigestCache(lake.files / "benchmarks" / "digests.sqlite")
+    digests = file_digests(lake.files)
     parts = [read_benchmark(benchmark, _digest(benchmark, digests), lake.files / "benchmarks") for benchmark in benchmarks]
     digests.save()
     return lake.query(

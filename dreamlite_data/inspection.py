@@ -18,7 +18,7 @@ from dreamlite_data.operators.safety import Safety, require_extra
 from dreamlite_data.operators.text import Text
 from dreamlite_data.responses import responses_folder
 from dreamlite_data.settings import RefreshSettings
-from dreamlite_data.sources.base import DigestCache
+from dreamlite_data.sources.digests import DigestCache, file_digests
 from dreamlite_data.weights import weights_digest
 
 INSPECTIONS = ("safety", "text", "describe", "embed", "similarity")
@@ -42,7 +42,7 @@ def inspect(lake: Lake, settings: RefreshSettings, executor: Executor, name: str
     runs: dict[str, Callable[[Lake, RefreshSettings, Executor, DigestCache], dict[str, int | str]]] = {
         "safety": _safety, "text": _text, "describe": _describe, "embed": _embed, "similarity": _similarity,
     }  # fmt: skip
-    digests = DigestCache(lake.files / "cache" / "weights.sqlite")
+    digests = file_digests(lake.files)
     answer = runs[name](lake, settings, executor, digests)
     digests.save()
     return answer

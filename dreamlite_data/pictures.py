@@ -6,10 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import uuid
 from pathlib import Path
 
-from dreamlite_data.responses import Call
+from dreamlite_data.responses import Call, write_whole
 
 DRAFT_AGE_S = 3600.0
 """A half-written file older than this has no writer any more."""
@@ -38,15 +37,7 @@ class Pictures:
 
     def keep(self, call: Call, payload: bytes) -> None:
         """Store a PNG; it appears whole or not at all."""
-        path = self._path(call)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            draft.write_bytes(payload)
-            os.replace(draft, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                draft.unlink()
+        write_whole(self._path(call), payload)
 
     def trim(self) -> int:
         """Delete the pictures that were not used for longest until the rest fits, and drafts that nobody finishes. Returns how many."""

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dreamlite_data import downloads, sources
-from dreamlite_data.checks import check_measurement, judgement_steps, withdraw_open_questions
+from dreamlite_data.checks import check_measurement, judgement_steps
 from dreamlite_data.comparisons import COMPARISONS
 from dreamlite_data.cutout_licences import record_cutouts
 from dreamlite_data.executors import Executor, from_settings
@@ -28,13 +28,14 @@ from dreamlite_data.operators.caption import Caption
 from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
-from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending
+from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, withdraw_passing_failures
 from dreamlite_data.operators.score import REWARD, TASKS, Score, weights_digest
 from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import PhotosSettings, RefreshSettings, ScenesSettings
 from dreamlite_data.sources import photos, scenes
-from dreamlite_data.sources.base import DigestCache, Unit
+from dreamlite_data.sources.base import Unit
+from dreamlite_data.sources.digests import file_digests
 from dreamlite_data.steering import plan_edits
 from dreamlite_data.taxonomy import record_taxonomy
 
@@ -137,7 +138,7 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
         lake.clean()
         operator = Ingest(settings.ingest)
         version = op_version(operator)
-        digests = DigestCache(_folder(lake) / "digests.sqlite")
+        digests = file_digests(lake.files)
         listed = source_list(lake, settings)
         fetched = downloads.fetch(lake, listed, settings.downloads)
         names = [source.name for source in listed]
@@ -216,7 +217,7 @@ def _steps_of(lake: Lake, settings: RefreshSettings, name: str) -> tuple[str, ..
     active = forget_unused_routes(lake, settings)
     if name == "edit":
         if "edit_composite" in active:
-            digests = DigestCache(_folder(lake) / "digests.sqlite")
+            digests = file_digests(lake.files)
             record_cutouts(lake, settings.composite, digests)
             digests.save()
         plan = ("edit_plan",) if settings.quotas.steer else ()
@@ -245,7 +246,8 @@ def _measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measuremen
         return route_measurement(lake, settings, name)
     measurement = check_measurement(lake, settings, name)
     if name == "edit_question":
-        withdraw_open_questions(lake, measurement)
+        # A question that may be asked again leaves the verdicts open that were given without its answer.
+        withdraw_passing_failures(lake, "op_edit_question", op_version(measurement.make()), followed_by=("op_verify_triplet",))
     return measurement
 
 
@@ -268,7 +270,7 @@ def score(lake: Lake, settings: RefreshSettings, executor: Executor, reward_dirs
     if unknown:
         raise ValueError(f"there is no scoring task {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
     with lake.exclusive("refresh"):
-        digests = DigestCache(_folder(lake) / "digests.sqlite")
+        digests = file_digests(lake.files)
         further = [(task, each.model, each.kind) for each in settings.scoring.further for task in each.tasks]
         for task, directory, kind in [*((task, directory, REWARD) for task, directory in sorted(reward_dirs.items())), *further]:
             weights = weights_digest(Path(directory), digests)

@@ -112,15 +112,20 @@ class Responses:
         return _load(self._path(call))
 
     def _write(self, call: Call, **outcome: Any) -> None:
-        path = self._path(call)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            draft.write_text(json.dumps({**dataclasses.asdict(call), **outcome}, ensure_ascii=False))
-            os.replace(draft, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                draft.unlink()
+        write_whole(self._path(call), json.dumps({**dataclasses.asdict(call), **outcome}, ensure_ascii=False).encode())
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write a file that appears whole or not at all, in a folder that is made where it is not there; a killed process leaves at
+    most a hidden draft ending in .tmp."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        draft.write_bytes(payload)
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
 
 
 def responses_folder(lake_files: Path) -> Path:

@@ -18,7 +18,7 @@ from dreamlite_data.operators.run import Measurement, make_current, withdraw_pas
 from dreamlite_data.pictures import Pictures, pictures_folder
 from dreamlite_data.responses import Responses, responses_folder
 from dreamlite_data.settings import EditModelSettings, RefreshSettings
-from dreamlite_data.sources.base import DigestCache
+from dreamlite_data.sources.digests import file_digests
 from dreamlite_data.weights import weights_digest
 
 ROUTES = ("edit", "edit_composite", "edit_model", "edit_pairs")
@@ -64,7 +64,7 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
     if name == "edit":
         make = functools.partial(exact_route, settings.photos.edits_per_image, settings.photos.inverse_edits, plan)
         return Measurement(make, images, {"bytes": "image_id"})
-    digests = DigestCache(lake.files / "sources" / "digests.sqlite")
+    digests = file_digests(lake.files)
     if name == "edit_composite":
         folder = settings.composite.cutouts
         digest = folder_digest(folder, digests) if folder else ""

@@ -178,11 +178,18 @@ def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
     return Path(write_table(table, rows, path.parent, path.stem.removeprefix(f"{table}-") + "n"))
 
 
-def withdraw_passing_failures(lake: Lake, table: str, version: str) -> None:
-    """Make calls pending again that failed for a passing reason (`retry` in `table`); the cache of responses counts how often."""
-    passing = f"FROM {table} WHERE op_version = $version AND retry"
-    if lake.query(f"SELECT count(*) AS n {passing}", {"version": version})["n"][0].as_py():
-        lake.write(lambda connection: connection.execute(f"DELETE {passing}", {"version": version}))
+def withdraw_passing_failures(lake: Lake, table: str, version: str, followed_by: tuple[str, ...] = ()) -> None:
+    """Make calls pending again that failed for a passing reason (`retry` in `table`); the cache of responses counts how often. What
+    stands in the tables `followed_by` about the same subjects was found without those answers, and is pending again too."""
+    passing, given = f"FROM {table} WHERE op_version = $version AND retry", {"version": version}
+
+    def body(connection: Any) -> None:
+        for later in followed_by:
+            connection.execute(f"DELETE FROM {later} WHERE subject_id IN (SELECT subject_id {passing})", given)
+        connection.execute(f"DELETE {passing}", given)
+
+    if lake.query(f"SELECT count(*) AS n {passing}", given)["n"][0].as_py():
+        lake.write(body)
 
 
 def make_current(lake: Lake, name: str, version: str, config: dict[str, Any]) -> None:

@@ -16,6 +16,11 @@ WRITTEN_AT_ONCE = 4096
 WAIT_S = 10.0
 
 
+def file_digests(lake_files: Path) -> DigestCache:
+    """The digests that a lake whose `files/` this is remembers: of what sources, benchmarks and models consist of."""
+    return DigestCache(lake_files / "sources" / "digests.sqlite")
+
+
 class DigestCache:
     """sha256 of files, remembered in the SQLite file at `path`. A lost or torn cache costs one reading of the files, never a wrong
     answer; one that another process holds for long remembers less."""

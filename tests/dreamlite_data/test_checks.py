@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from dreamlite_data import executors, refresh
+from dreamlite_data import executors, refresh, schema
 from dreamlite_data.chat import endpoint
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators import verify
+from dreamlite_data.operators.run import withdraw_passing_failures
 from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.counting_server import CountingServer, completion
 from tests.dreamlite_data.operators.tiny_towers import tiny_clip
@@ -165,3 +167,21 @@ def test_words_that_were_read_reach_the_rules_of_text(tmp_path: Path) -> None:
     assert [row["rule"] for row in rows] == ["text/replace"] * 2
     assert rows[0]["verdict"] == "pass" and not {"text_before", "text_after", "text_gone"} & set(rows[0]["not_evaluated"])
     assert rows[1]["failed"] == ["text_after 0.0000 < 1.0000"]
+
+
+def test_a_question_that_may_be_asked_again_opens_the_verdict_that_was_given_without_it(lake: Lake) -> None:
+    def rows(table: str, subjects: dict[str, dict]) -> pa.Table:
+        return schema.rows_table(table, [{"subject_id": subject, "op_version": "now", **said} for subject, said in subjects.items()])
+
+    lake.append({
+        "op_edit_question": rows("op_edit_question", {"busy": {"retry": True, "error": "timed out"}, "answered": {"yes": True}}),
+        "op_verify_triplet": rows("op_verify_triplet", {"busy": {"verdict": "pass"}, "answered": {"verdict": "pass"}}),
+    })  # fmt: skip
+
+    def subjects(table: str) -> list[str]:
+        return lake.query(f"SELECT subject_id FROM {table} WHERE op_version = 'now' ORDER BY 1")["subject_id"].to_pylist()
+
+    withdraw_passing_failures(lake, "op_edit_question", "earlier", followed_by=("op_verify_triplet",))
+    assert subjects("op_edit_question") == ["answered", "busy"]  # of another version: not ours
+    withdraw_passing_failures(lake, "op_edit_question", "now", followed_by=("op_verify_triplet",))
+    assert subjects("op_edit_question") == subjects("op_verify_triplet") == ["answered"]
