@@ -29,7 +29,9 @@ PLUMBING = frozenset({
 })  # fmt: skip
 """Modules that move bytes but do not make them: their source is in no key, or a mended log line would retrain every stage."""
 
-DECLARATIONS = frozenset({"dreamlite_data.settings", "trainers.settings", "trainers.export.settings"})
+DECLARATIONS = frozenset(
+    {"dreamlite_data.settings", "dreamlite_data.model_settings", "dreamlite_data.strict_settings", "trainers.settings", "trainers.export.settings"}
+)
 """Modules that only declare settings. A step's spec holds the values it reads, so the text that declares them is in no
 key: a new setting of the export must not retrain six stages."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import trainers
-from dreamlite_data.settings import ChatSettings, ExtraSource, RefreshSettings
+from dreamlite_data.model_settings import ChatSettings
+from dreamlite_data.settings import ExtraSource, RefreshSettings
 from flows.config import PipelineConfig
 from flows.key import digest, spec_of
 from flows.step import Edge, Step, StepContext, StepResult, step_id

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dreamlite_data.settings import StrictSettings
+from dreamlite_data.strict_settings import StrictSettings
 from trainers.export.settings import ExportSettings
 
 __all__ = [

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dreamlite_data.chat.base import ChatModel
 from dreamlite_data.chat.endpoint import EndpointChat
 from dreamlite_data.chat.local import LocalChat
-from dreamlite_data.settings import ChatSettings
+from dreamlite_data.model_settings import ChatSettings
 from dreamlite_data.sources.base import DigestCache
 from dreamlite_data.weights import weights_digest
 

@@ -16,10 +16,10 @@ import yaml
 from dreamlite_data import schema
 from dreamlite_data.chat import ChatModel, Question
 from dreamlite_data.chat.backends import chat_model
+from dreamlite_data.model_settings import CaptionBackend
 from dreamlite_data.operators.caption import Captioner, Described, Picture, SceneCaptioner
 from dreamlite_data.operators.ingest import caption_id
 from dreamlite_data.responses import Response, Responses
-from dreamlite_data.settings import CaptionBackend
 
 PROMPTS_FILE = "caption_prompts.yaml"
 _THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)

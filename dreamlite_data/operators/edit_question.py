@@ -14,11 +14,11 @@ import pyarrow as pa
 from dreamlite_data import schema
 from dreamlite_data.chat import Question
 from dreamlite_data.chat.backends import chat_model
+from dreamlite_data.model_settings import JudgeSettings
 from dreamlite_data.operators.describe import clean
 from dreamlite_data.operators.verify_rules import Rules, load_rules
 from dreamlite_data.operators.verify_triplet import JUDGED, Inputs, judged, judging
 from dreamlite_data.responses import Response, Responses
-from dreamlite_data.settings import JudgeSettings
 
 PROMPT = (
     "The first picture was edited, the second is the result. The instruction was: {instruction}\n"

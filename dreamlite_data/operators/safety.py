@@ -17,8 +17,8 @@ from PIL import Image
 from dreamlite_data import schema
 from dreamlite_data.images import decode_stored
 from dreamlite_data.inference import worker_threads
+from dreamlite_data.model_settings import SafetySettings
 from dreamlite_data.operators.base import by_row
-from dreamlite_data.settings import SafetySettings
 
 NSFW_LABELS = frozenset({
     "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "FEMALE_BREAST_EXPOSED", "BUTTOCKS_EXPOSED", "ANUS_EXPOSED",

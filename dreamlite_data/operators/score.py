@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dreamlite_data import schema
 from dreamlite_data.inference import worker_threads
-from dreamlite_data.settings import ScoringSettings
+from dreamlite_data.model_settings import ScoringSettings
 from dreamlite_data.sources.base import DigestCache
 
 TASKS = ("generate", "edit")

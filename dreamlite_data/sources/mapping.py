@@ -14,7 +14,7 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from dreamlite_data.settings import StrictSettings
+from dreamlite_data.strict_settings import StrictSettings
 
 UNROLLED = ("item", "turn", "previous")
 """Columns that unrolling adds to a row."""

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dreamlite_data import executors
+from dreamlite_data.model_settings import CaptionBackend, EmbedSettings
 from dreamlite_data.ray_workers import room
-from dreamlite_data.settings import CaptionBackend, EmbedSettings, RefreshSettings
+from dreamlite_data.settings import RefreshSettings
 
 GPU = {"num_cpus": 1.0, "num_gpus": 1.0}
 

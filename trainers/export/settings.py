@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dreamlite_data.settings import StrictSettings
+from dreamlite_data.strict_settings import StrictSettings
 
 RELEASE_LICENCE = "CC-BY-NC-4.0"
 """Licence of the released DreamLite weights; everything derived from them inherits it."""

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from dreamlite_data import scenes
+from dreamlite_data.model_settings import CaptionBackend
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.caption import Picture, SceneCaptioner, scene_words
 from dreamlite_data.operators.describe import Describe, clean, prompts
 from dreamlite_data.responses import Response
-from dreamlite_data.settings import CaptionBackend, RefreshSettings
+from dreamlite_data.settings import RefreshSettings
 
 STYLES = ("tag", "short", "medium", "dense")
 SCENE = scenes.Scene(

@@ -13,10 +13,10 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from dreamlite_data.model_settings import SafetySettings
 from dreamlite_data.operators import safety
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.safety import MissingExtra, Safety, covered_fraction, find_faces, require_extra
-from dreamlite_data.settings import SafetySettings
 
 needs_nudenet = pytest.mark.skipif(find_spec("nudenet") is None, reason="the extra nsfw is not installed")
 

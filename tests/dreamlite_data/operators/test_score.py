@@ -16,12 +16,13 @@ from PIL import Image
 import trainers
 from dreamlite_data import executors, refresh, scenes
 from dreamlite_data.lake import Lake
+from dreamlite_data.model_settings import ScoringSettings
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.run import Measurement, measure_pending
 from dreamlite_data.operators.score import Score
 from dreamlite_data.rewards import RewardModel
 from dreamlite_data.rewards.packing import PackedRows
-from dreamlite_data.settings import RefreshSettings, ScoringSettings
+from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.conftest import small_settings
 from tests.dreamlite_data.rewards import tiny_scorers
 
