@@ -8,8 +8,9 @@ import torch
 
 from tests.trainers.conftest import TINY_MODEL
 from tests.trainers.synthetic import SceneRows
+from trainers.batch_plan import Plan
 from trainers.conditioning import PromptEncoder
-from trainers.data import Plan, Row, drop_conditions, foreground
+from trainers.data import Row, drop_conditions, foreground
 from trainers.loop import Ema, run
 from trainers.model import build_unet, load_vae
 from trainers.recipes.dmd2 import DMD2Recipe, matching_gradient
@@ -69,7 +70,7 @@ def test_non_finite_loss_stops_with_the_step(rows, tmp_path):
 
 
 def test_plan_counts_tasks_exactly_and_shows_each_row_once_an_epoch(rows):
-    plan = Plan(rows, {"generate": 0.5, "edit": 0.5}, 4, (0,))
+    plan = Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, 4, (0,))
     seen = []
     for step in range(6):  # 6 batches x 2 rows = 12 rows of each task: one epoch
         indices, positions = plan.indices(step)
@@ -80,7 +81,7 @@ def test_plan_counts_tasks_exactly_and_shows_each_row_once_an_epoch(rows):
     assert sorted(seen) == list(range(24))
     assert plan.indices(6)[0] != plan.indices(0)[0], "a new epoch has an order of its own"
     with pytest.raises(ValueError, match="exactly"):
-        Plan(rows, {"generate": 0.5, "edit": 0.5}, 5, (0,))
+        Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, 5, (0,))
 
 
 def test_drop_out_rates_are_the_settings_and_repeat_on_resume(rows):
@@ -111,11 +112,11 @@ def test_foreground_weight_values():
     def row(cells):
         return Row("r", "edit", "t", "s", "x", None, bytes([255] * cells + [0] * (64 - cells)))
 
-    assert foreground(row(32), 8).max().item() == pytest.approx(2.0)
-    assert foreground(row(64), 8).unique().tolist() == [1.0]
-    assert foreground(row(16), 8).max().item() == pytest.approx(3.0)
-    assert foreground(row(1), 8, cap=5.0).max().item() == 5.0
-    assert foreground(dataclasses.replace(row(0), edit_mask=None), 8).unique().tolist() == [1.0]
+    assert foreground(row(32), (8, 8)).max().item() == pytest.approx(2.0)
+    assert foreground(row(64), (8, 8)).unique().tolist() == [1.0]
+    assert foreground(row(16), (8, 8)).max().item() == pytest.approx(3.0)
+    assert foreground(row(1), (8, 8), cap=5.0).max().item() == 5.0
+    assert foreground(dataclasses.replace(row(0), edit_mask=None), (8, 8)).unique().tolist() == [1.0]
 
 
 def test_ema_matches_its_closed_form():
