@@ -1,4 +1,4 @@
-"""From dataset versions to batches: cached latents and prompt states, and a plan that any resume repeats exactly.
+"""From dataset versions to batches: cached latents and prompt states, panels of the rows' shapes, condition drop-out.
 Every row is encoded once per version of the parts that encode it, whichever stages read it."""
 
 from __future__ import annotations

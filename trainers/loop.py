@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -192,11 +193,17 @@ def _resume(recipe: Recipe, output: Path) -> int:
     path = output / "state.pt"
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
-    for name, module in recipe.modules.items():
-        module.load_state_dict(state["modules"][name])
-    for name, optimizer in recipe.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
+    try:
+        for name, module in recipe.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimizer in recipe.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not of this stage's network and settings ({str(error).splitlines()[0]}): give another output folder") from None
     recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]
     return int(state["position"])
 

@@ -92,8 +92,6 @@ def train_stage(
 
     key = (seed, STAGES.index(stage))
     phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
-    if phases and phases[-1].size_px != model.size_px:
-        raise ValueError(f"the last of the size_phases of {stage!r} is {phases[-1].size_px} px, but model.size_px is {model.size_px}: end with that")
     rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
