@@ -66,14 +66,14 @@ def rows_of(components: Path, tmp_path: Path, monkeypatch):
 
 def test_rows_take_the_panel_nearest_to_their_image(rows_of):
     rows, square = rows_of(aspect_buckets=True), rows_of()
-    wide = (32, 96)
+    wide = (64, 96)
     assert {row.row_id for row in rows.rows if rows.panel(row) == wide} == {row.row_id for row in rows.rows if "wide" in row.row_id}
     assert set(rows.pools()) == {(64, 64), wide} and set(square.pools()) == {(64, 64)}
     chosen = rows.pools()[wide]["edit"]
     batch = rows.batch(chosen, [0, 1])
-    assert batch.latents.shape == batch.condition.shape == (2, 4, 4, 12)
-    assert batch.weight.shape == (2, 1, 4, 12) and (batch.weight[:, :, :2] == 2.0).all() and (batch.weight[:, :, 2:] == 1.0).all()
-    assert batch.size_px.tolist() == [[96.0, 32.0]] * 2, "(width, height)"
+    assert batch.latents.shape == batch.condition.shape == (2, 4, 8, 12)
+    assert batch.weight.shape == (2, 1, 8, 12) and (batch.weight[:, :, :4] == 2.0).all() and (batch.weight[:, :, 4:] == 1.0).all()
+    assert batch.size_px.tolist() == [[96.0, 64.0]] * 2, "(width, height)"
     same = rows.pools()[64, 64]["edit"]
     assert torch.equal(rows.batch(same, [0, 1]).latents, square.batch(same, [0, 1]).latents), "squares are as without buckets"
     assert square.batch(chosen, [0, 1]).latents.shape == (2, 4, 8, 8)
@@ -96,11 +96,11 @@ def test_every_recipe_trains_on_panels_of_both_shapes(rows_of, components, tmp_p
     read = rows.batch
     rows.batch = lambda *each, **choices: shapes.add(tuple((batch := read(*each, **choices)).condition.shape[2:])) or batch
     assert all(np.isfinite(supervised.step(index)["loss"]) for index in range(2))
-    assert shapes == {(8, 8), (4, 12)}
+    assert shapes == {(8, 8), (8, 12)}
     refl = ReFLSettings(steps=2, batch=2, rollout_steps=2, sigma_high=1.0)
     recipe = ReFLRecipe(unet, load_vae(components), dict.fromkeys(tasks, Red()), rows, refl, (0, 4))
     assert all(np.isfinite(value) for index in range(2) for value in recipe.step(index).values())
     recipe = DMD2Recipe(unet, rows, DMD2Settings(steps=1, batch=4, student_steps=2, fake_steps=1, fake_warmup_steps=0, gan_weight=0.1), (0, 5))
     assert all(np.isfinite(value) for value in recipe.step(0).values())
-    batch = read(rows.pools()[32, 96]["edit"], [0, 1])
-    assert recipe._sigmas(batch) == deployed_sigmas(2, 4, 12) != deployed_sigmas(2, 8, 8), "the shift follows the real grid"
+    batch = read(rows.pools()[64, 96]["edit"], [0, 1])
+    assert recipe._sigmas(batch) == deployed_sigmas(2, 8, 12) != deployed_sigmas(2, 8, 8), "the shift follows the real grid"
