@@ -115,7 +115,7 @@ def velocity_loss(sampler: Sampler, rows: TrainingRows, settings: EvaluateSettin
             times = torch.tensor([VELOCITY_TIMES[position % len(VELOCITY_TIMES)] for position in data.positions])
             noise = keyed_normal((settings.seed, 6), data.positions, tuple(data.latents.shape[1:]))
             velocity = predict(
-                sampler.unet, interpolate(data.latents, noise, times), times, data.condition, data.text, rows.size_px
+                sampler.unet, interpolate(data.latents, noise, times), times, data.condition, data.text, data.size_px
             )
             return ((velocity - (noise - data.latents)) ** 2).mean(dim=(1, 2, 3)).tolist()
 
