@@ -222,6 +222,7 @@ class EvaluateSettings(StrictSettings):
     """How a checkpoint is judged: by the scene verifier, the rewards and the held-out velocity loss."""
 
     prompts: int = Field(192, gt=0, description="held-out prompts, and as many held-out edits")
+    seeds: int = Field(1, gt=0, description="pictures drawn of each of them, each from noise of its own")
     steps: int = Field(10, gt=0, description="sampling steps (the distilled student always takes its own four)")
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
