@@ -153,7 +153,7 @@ def test_bfloat16_is_arithmetic_alone():
 
 
 def test_a_cast_that_a_rollout_made_is_not_the_one_that_trains():
-    """Autocast keeps casts of weights; one made without gradients and used with them would stop training without a sign."""
+    """Rollouts and training share weights, even in one outer context: every weight still gets its gradient."""
     net, x, t = point_net(), torch.randn(2, 2, 8, 8), torch.tensor([0.3, 0.8])
     text = POINTS.batch([0, 1], [0, 1]).text
     with torch.autocast("cpu", torch.bfloat16):  # an outer context keeps its casts until it ends
