@@ -17,7 +17,8 @@ from dreamlite_data import scenes
 from trainers.conditioning import SquareImageProcessor
 from trainers.export.bundle import export_bundle
 from trainers.export.parity import TorchReference
-from trainers.export.parts import GRAPHS, write_graphs
+from trainers.export.parts import write_graphs
+from trainers.export.prepare import GRAPHS
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
 from trainers.export.source import read_source
