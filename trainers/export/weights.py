@@ -76,7 +76,7 @@ def to_blocks(model: onnx.ModelProto, bits: int, block: int, keep: Iterable[str]
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    _products_only(model)
+    products_only(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     kept = [name for name in products if any(part in name for part in keep)]
@@ -93,7 +93,7 @@ def to_blocks(model: onnx.ModelProto, bits: int, block: int, keep: Iterable[str]
     return [name for name in products if name not in kept]
 
 
-def _products_only(model: onnx.ModelProto) -> None:
+def products_only(model: onnx.ModelProto) -> None:
     """Write every Gemm with constant weights, and every 1x1 convolution, as a MatMul with its bias added behind it."""
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
