@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from trainers.export.graphs import save_clean
 from trainers.export.sensitivity import Feed, first_calls, mix, run_as_written, scan, with_float
 from trainers.export.settings import ExportSettings
-from trainers.export.weights import store_half
+from trainers.export.weights import store_half, store_int8
 
 SESSION_OPTIONS = {"session.x64quantprecision": "1"}
 """U8 activations times S8 weights saturate in AVX2's 16-bit adds (microsoft/onnxruntime#6004): latents of the small
@@ -38,7 +38,8 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
 
     feeds: inputs of every UNet call of the calibration rows, all deployed sigmas in equal number.
     Convolutions and matrix products with a constant weight become int8; attention products, norms and the layers of
-    settings.float_layers stay float, and so do blocks that the sensitivity scan finds too harmful, as far as the size allows.
+    settings.float_layers compute in float, those on int8 weights where they are large, and so do blocks that the sensitivity
+    scan finds too harmful, on weights in half precision, as far as the size allows.
     """
     if not feeds:
         raise ValueError("int8 export needs calibration rows; pass calibration=[...] or leave int8 out of export.variants.")
@@ -66,6 +67,7 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
     finally:
         root.setLevel(level)
     quantized, scanned, back, reached = _mixed(onnx.load(target), model, chosen, feeds, settings, source.stat().st_size)
+    store_int8(quantized, kept)
     share = _int8_share(quantized)
     store_half(quantized)
     save_clean(quantized, target)

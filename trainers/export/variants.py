@@ -11,7 +11,7 @@ import onnx
 
 from trainers.export.bias_correction import correct_biases, gain_db
 from trainers.export.graphs import save_clean
-from trainers.export.prepare import ENCODERS, part_names
+from trainers.export.prepare import part_names
 from trainers.export.quantize import SESSION_OPTIONS, quantize_unet
 from trainers.export.sensitivity import Feed, first_calls
 from trainers.export.settings import ExportSettings
@@ -45,9 +45,10 @@ def write_variants(folder: Path, feeds: list[Feed], settings: ExportSettings) ->
         return entries, None
 
     shared = {part: f"{part}_fp16.onnx" for part in parts if part.startswith("vae")}
-    for part in (part for part in parts if part in ENCODERS):
-        shared[part] = f"{part}_int{settings.encoder_bits}.onnx"
-        record[part] = _blocks(folder / f"{part}.onnx", folder / shared[part], settings.encoder_bits, settings)
+    for part, bits in (("edit_encoder", settings.edit_encoder_bits), ("text_encoder", settings.text_encoder_bits)):
+        if part in parts:
+            shared[part] = f"{part}_int{bits}.onnx"
+            record[part] = _blocks(folder / f"{part}.onnx", folder / shared[part], bits, settings)
     if "int8" in small:
         record["unet_int8"] = quantize_unet(folder / "unet.onnx", folder / "unet_int8.onnx", feeds, settings)
         entries["int8"] = {"files": {**shared, "unet": "unet_int8.onnx"}, "session_options": SESSION_OPTIONS}

@@ -16,7 +16,7 @@ from trainers.export.quantize import quantize_unet
 from trainers.export.runner import Runner
 from trainers.export.sensitivity import blocks, mix, scan, with_float
 from trainers.export.settings import ExportSettings
-from trainers.export.weights import store_half, to_blocks, to_half
+from trainers.export.weights import store_half, store_int8, to_blocks, to_half
 
 WIDTH = 32
 
@@ -116,6 +116,15 @@ def test_half_storage_computes_in_float(original: onnx.ModelProto) -> None:
     store_half(stored)
     assert stored.ByteSize() < original.ByteSize() * 0.6
     assert psnr(original, stored) > 60
+
+
+def test_int8_storage_computes_in_float_and_reaches_the_named_layers_alone(original: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.export.weights.STORED_INT8_VALUES", 1000)
+    stored = copy_of(original)
+    store_int8(stored, ["unet.head/Gemm", "unet.down.resnets.0.conv1/Conv"])
+    onnx.checker.check_model(stored)
+    assert {tensor.name for tensor in stored.graph.initializer if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_int8")} == {"head.weight_int8", "conv.weight_int8"}
+    assert 45 < psnr(original, stored) < 100
 
 
 @pytest.mark.parametrize(("bits", "least_db"), [(8, 45), (4, 20)])
