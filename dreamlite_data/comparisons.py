@@ -35,11 +35,11 @@ def group_duplicates(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
         "JOIN images i ON i.image_id = q.subject_id"
     )
     answer = {"rows": 0, "failed": 0}
-    with pending_file(lake, subjects, Duplicates.table, version) as path, pq.ParquetFile(path) as rows:
-        if rows.metadata.num_rows:
+    with pending_file(lake, subjects, Duplicates.table, version) as path:
+        if path is not None:
             written = lake.staging / f"{Duplicates.table}-{version}.parquet"
             with pq.ParquetWriter(written, TABLES[Duplicates.table], compression="zstd") as writer:
-                for found in Duplicates(grouped_before(lake, version, path)).portions(functools.partial(_portions, rows)):
+                for found in Duplicates(grouped_before(lake, version, path)).portions(functools.partial(_portions, path)):
                     writer.write_table(stamp(Duplicates.table, found, version))
                     answer["rows"] += len(found)
                     answer["failed"] += len(found) - found["error"].null_count
@@ -48,24 +48,28 @@ def group_duplicates(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
     return answer
 
 
-def _portions(rows: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
-    return (pa.Table.from_batches([batch]) for batch in rows.iter_batches(ROWS_HELD, columns=list(columns)))
+def _portions(path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as rows:
+        for batch in rows.iter_batches(ROWS_HELD, columns=list(columns)):
+            yield pa.Table.from_batches([batch])
 
 
 def grouped_before(lake: Lake, version: str, path: str) -> History:
     """What the new rows at `path` may meet: the hashes of all images that were grouped, and names of groups where they are asked for."""
     known = f"(SELECT group_id, phash, pixel_hash FROM {Duplicates.table} WHERE op_version = $version AND group_id IS NOT NULL)"
-    phash = lake.query(f"SELECT phash FROM {known} WHERE phash IS NOT NULL", {"version": version})["phash"].to_numpy()
+    of_version = {"version": version}
+    phash = lake.query(f"SELECT phash FROM {known} WHERE phash IS NOT NULL", of_version)["phash"].to_numpy()
+    pixels = lake.query(
+        f"SELECT min(group_id) AS group_id, pixel_hash FROM {known} JOIN read_parquet($path) USING (pixel_hash) GROUP BY pixel_hash",
+        {**of_version, "path": path},
+    )
 
     def groups(hashes: np.ndarray) -> pa.Table:
         return lake.query(
-            f"SELECT min(group_id) AS group_id, phash, NULL::VARCHAR AS pixel_hash FROM {known} SEMI JOIN met USING (phash) GROUP BY phash "
-            f"UNION ALL SELECT min(group_id), NULL, pixel_hash FROM {known} SEMI JOIN read_parquet($path) USING (pixel_hash) GROUP BY pixel_hash",
-            {"version": version, "path": path},
-            met=pa.table({"phash": hashes}),
+            f"SELECT min(group_id) AS group_id, phash FROM {known} SEMI JOIN met USING (phash) GROUP BY phash", of_version, met=pa.table({"phash": hashes})
         )
 
-    return History(phash, groups)
+    return History(phash, pixels, groups)
 
 
 def group_semantic(lake: Lake, settings: RefreshSettings) -> dict[str, int]:

@@ -25,11 +25,12 @@ Portions = Callable[[Sequence[str]], Iterable[pa.Table]]
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """Images grouped so far: `phash` uint64 [M] of those that are compared by it, in any order, and `groups`, which gives for some of
-    these hashes a table of group_id with either phash or pixel_hash: the lowest group at each of the hashes, and the group of each
-    pixel_hash that a new image has too."""
+    """Images grouped so far: `phash` uint64 [M] of those that are compared by it, in any order; `pixels`, a table of group_id and
+    pixel_hash with each that a new image has too; and `groups`, which gives a table of group_id and phash with the lowest group at each
+    of some of these hashes."""
 
     phash: np.ndarray
+    pixels: pa.Table
     groups: Callable[[np.ndarray], pa.Table]
 
 
@@ -85,26 +86,21 @@ class Duplicates:
         distinct, inverse = np.unique(prints.phash[places], return_inverse=True)
         new, old, bits = pairs_between(distinct, self._history.phash, NEAR_RADIUS_BITS)
         met = self._history.phash[old]
-        groups = self._history.groups(np.unique(met))
-        names = pc.unique(groups["group_id"]).sort()
-        number = pc.index_in(groups["group_id"], value_set=names).to_numpy()
+        groups, same = self._history.groups(np.unique(met)), self._history.pixels
+        names = pc.unique(pa.chunked_array([*groups["group_id"].chunks, *same["group_id"].chunks], pa.string())).sort()
         known, distance = np.full(len(prints.phash), NONE), np.zeros(len(prints.phash))
         if len(new):
-            by_hash = np.asarray(groups["phash"].is_valid())
-            hashes, numbers = groups["phash"].drop_null().to_numpy(), number[by_hash]
-            order = np.argsort(hashes)
-            at = numbers[order][np.searchsorted(hashes[order], met)]
+            groups = groups.sort_by("phash")
+            at = pc.index_in(groups["group_id"], value_set=names).to_numpy()[np.searchsorted(groups["phash"].to_numpy(), met)]
             order = np.lexsort((at, bits, new))
             hit, first = np.unique(new[order], return_index=True)
             best = np.full(len(distinct), NONE)
             best[hit] = order[first]
             near = best[inverse] != NONE
             known[places[near]], distance[places[near]] = at[best[inverse[near]]], bits[best[inverse[near]]]
-        by_pixels = np.asarray(groups["pixel_hash"].is_valid())
-        both = np.concatenate([prints.pixels, _pixel_prints(groups["pixel_hash"].drop_null())])
-        original = _first_of_equal(both)
-        group = np.full(len(both), NONE)
-        group[original[len(known) :]] = number[by_pixels]
+        original = _first_of_equal(np.concatenate([prints.pixels, _pixel_prints(same["pixel_hash"])]))
+        group = np.full(len(original), NONE)
+        group[original[len(known) :]] = pc.index_in(same["group_id"], value_set=names).to_numpy()
         group = group[original[: len(known)]]  # all of equal pixels are in one group
         seen = group != NONE
         known[seen], distance[seen] = group[seen], 0

@@ -28,10 +28,11 @@ def _history(known: pa.Table, rows: pa.Table) -> History:
 
     def lowest(key: str, values: pa.Array) -> pa.Table:
         found = known.filter(pc.is_in(known[key], value_set=values)).group_by(key).aggregate([("group_id", "min")])
-        return pa.concat_tables([NOBODY, found.rename_columns({"group_id_min": "group_id"})], promote_options="default")
+        return found.rename_columns({"group_id_min": "group_id"})
 
-    pixels = rows["pixel_hash"].combine_chunks()
-    return History(known["phash"].drop_null().to_numpy(), lambda hashes: pa.concat_tables([lowest("phash", pa.array(hashes)), lowest("pixel_hash", pixels)]))
+    return History(
+        known["phash"].drop_null().to_numpy(), lowest("pixel_hash", rows["pixel_hash"].combine_chunks()), lambda hashes: lowest("phash", pa.array(hashes))
+    )
 
 
 def _after(batches: list[list[Entry]]) -> dict[str, tuple[str, str, int]]:
