@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from dreamlite_data.tombstones import free_of_forgotten
 TASKS_PER_QUERY = 32
 """Inputs of so many tasks are read together: a query per task would scan the subjects once per task."""
 
-ROWS_HELD = 16_384
+ROWS_HELD = 8192
 """About so many rows of a temporary file are held at once, to write it and to read it."""
 
 
@@ -79,32 +78,23 @@ def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> I
             f"SELECT s.{subject} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
             "ORDER BY images.filename, images.file_row_number, 1"
         )
-    with tempfile.NamedTemporaryFile(dir=lake.staging, suffix=".parquet") as file:
-        place = file.name.replace("'", "''")
-        lake.query(f"COPY ({rows}) TO '{place}' (FORMAT parquet)", {"version": version})
-        with pq.ParquetFile(file.name) as subjects:
-            yield subjects
+    with _answer_file(lake, rows, version) as path, pq.ParquetFile(path) as subjects:
+        yield subjects
 
 
 @contextlib.contextmanager
 def pending_file(lake: Lake, subjects: str, table: str, version: str) -> Iterator[str | None]:
-    """Path of a temporary Parquet file of what `pending` answers, for rows that are too many to hold; None where nothing is pending.
-    They are read in ranges of the subject, whose ids begin with hex digits that are spread evenly: to sort all at once would hold all."""
+    """Path of a temporary Parquet file of what `pending` answers, for rows that are too many to hold; None where nothing is pending."""
     subject = _subject(lake, subjects)
-    rows = _open_rows(subjects, subject, table)
-    count = lake.query(f"SELECT count(*) AS n FROM ({rows})", {"version": version})["n"][0].as_py()
-    if not count:
-        yield None
-        return
-    starts = [f"{start:04x}" for start in np.linspace(0, 2**16, -(-count // ROWS_HELD), endpoint=False).astype(int)]
+    with _answer_file(lake, f"{_open_rows(subjects, subject, table)} ORDER BY s.{subject}", version) as path:
+        yield path if pq.read_metadata(path).num_rows else None
+
+
+@contextlib.contextmanager
+def _answer_file(lake: Lake, sql: str, version: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(dir=lake.staging, suffix=".parquet") as file:
-        with contextlib.ExitStack() as stack:
-            writer = None
-            for start, stop in itertools.zip_longest(["", *starts[1:]], starts[1:]):
-                below = f"AND s.{subject} < '{stop}'" if stop else ""
-                part = lake.query(f"SELECT * FROM ({rows}) s WHERE s.{subject} >= '{start}' {below} ORDER BY s.{subject}", {"version": version})
-                writer = writer or stack.enter_context(pq.ParquetWriter(file.name, part.schema))
-                writer.write_table(part, row_group_size=ROWS_HELD)
+        place = file.name.replace("'", "''")
+        lake.query(f"COPY ({sql}) TO '{place}' (FORMAT parquet, ROW_GROUP_SIZE {ROWS_HELD})", {"version": version})
         yield file.name
 
 
