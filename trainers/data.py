@@ -27,6 +27,7 @@ from trainers.model import latent_scale
 from trainers.parallel import map_threads
 from trainers.pixels import to_tensor
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
+from trainers.throughput import counts_as_data_wait
 
 ENCODE_ROWS = 32
 PART_ROWS = 2_048  # rows a cache part holds: what a kill -9 can lose
@@ -162,6 +163,7 @@ class TrainingRows:
         """Latents [N, 4, side, side] of images."""
         return torch.stack([tensor.reshape(4, self.side, self.side) for tensor in self.latents.get(list(image_ids))])
 
+    @counts_as_data_wait
     def batch(self, indices: Sequence[int], positions: Sequence[int], *, with_target: bool = True) -> Batch:
         """Assemble rows; `with_target=False` leaves `latents` zero (prompts of ReFL and DMD2 need no target)."""
         rows = [self.rows[index] for index in indices]
