@@ -67,6 +67,7 @@ def run(
     label: str,
     checkpoint_every_s: float = 30.0,
     flops_per_sample: float | None = None,
+    peak_flops: float | None = None,
     on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Train to `steps`, resuming from `output`; returns the mean of each metric over the last tenth of the run.
@@ -77,7 +78,8 @@ def run(
     the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
     The position counts steps, and so rows of the plan: it holds for any number of processes, which may change with a resume.
     Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
-    each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` is logged as a rate.
+    each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` is logged as a rate, and as a
+    share of `peak_flops` (of all processes) where that is known.
     Raises FloatingPointError with the step's number where a metric is not finite.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def run(
     log_path = output / "metrics.jsonl" if here.first else Path(os.devnull)
     _drop_lines_after(log_path, start)
     samples = recipe.settings.batch
-    rates = Throughput(samples, flops_per_sample, here.size)
+    rates = Throughput(samples, flops_per_sample, peak_flops)
     saved_at, pause = time.monotonic(), checkpoint_every_s
     with log_path.open("a") as log, Progress(label, total=steps, unit="steps", done=start) as bar:
         done, stopped = start, None

@@ -8,10 +8,6 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
-
-from dreamlite_data.rewards.plan import GPUS
-
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 _waited_s = 0.0
@@ -34,14 +30,12 @@ def counts_as_data_wait(function: Callable[Parameters, Result]) -> Callable[Para
 
 class Throughput:
     """Rates since the last reading, and over all. `flops_per_sample` is the work of one sample of a global batch without
-    recomputation (`trainers.compute`), `processes` how many devices share it."""
+    recomputation, `peak_flops` what the devices that share the batch can do in a second (`trainers.compute` knows both)."""
 
-    def __init__(self, samples_per_step: int, flops_per_sample: float | None = None, processes: int = 1) -> None:
-        self.samples_per_step, self.flops_per_sample = samples_per_step, flops_per_sample
-        peak = peak_flops()
-        self.peak = None if peak is None else peak * processes
-        self._first = self._last = (0, time.perf_counter(), _waited_s)
+    def __init__(self, samples_per_step: int, flops_per_sample: float | None = None, peak_flops: float | None = None) -> None:
+        self.samples_per_step, self.flops_per_sample, self.peak_flops = samples_per_step, flops_per_sample, peak_flops
         self._steps = 0
+        self._first = self._last = self._now()
 
     def step_done(self) -> None:
         """Count one optimizer step."""
@@ -67,16 +61,7 @@ class Throughput:
         rates = {"samples_per_s": samples / seconds, "data_wait_share": waited / seconds}
         if self.flops_per_sample:
             rates["tflops_per_s"] = self.flops_per_sample * samples / seconds / 1e12
-            if self.peak:
-                rates["mfu"] = self.flops_per_sample * samples / seconds / self.peak
+            if self.peak_flops:
+                rates["mfu"] = self.flops_per_sample * samples / seconds / self.peak_flops
         return rates
 
-
-def peak_flops() -> float | None:
-    """Peak dense bfloat16 FLOP/s of this process's GPU; None on CPUs and for GPUs whose data sheet is not in the table."""
-    if not torch.cuda.is_available():
-        return None
-    seen = torch.cuda.get_device_name().lower()
-    if "pcie" in seen:
-        return None  # the table's figures are of the SXM boards
-    return next((tflops * 1e12 for name, (tflops, _) in GPUS.items() if name.split(" ")[0].lower() in seen.split()), None)

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 
+from dreamlite_data.rewards import RewardModel, load_reward
 from tests.trainers.conftest import TINY_MODEL
 from tests.trainers.synthetic import SceneRows
 from trainers import parallel
+from trainers.components.build import PACKAGED
 from trainers.distributed import joined, world
 from trainers.loop import Recipe, run
 from trainers.model import build_unet, load_vae
 from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
+from trainers.reward_sharding import shard_reward
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 
 STEPS = 4
@@ -78,13 +81,37 @@ def train(name: str, inputs: Inputs, output: Path, steps: int | None = None) -> 
     return recipe
 
 
+def score_sharded(folder: Path, rank: int) -> None:
+    """Scores and gradients to images of both rewards, before and after they are sharded, and how much of them is here."""
+    found = {}
+    for task in ("generate", "edit"):
+        reward = load_reward(PACKAGED / "rewards" / task)
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
+        sources = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(10 + rank)) if task == "edit" else None
+        parameters = sum(parameter.numel() for parameter in reward.network.backbone.parameters())
+        whole = scored(reward, images, sources)
+        shard_reward(reward, 4)
+        here = sum(parameter.to_local().numel() for parameter in reward.network.backbone.parameters())
+        found[task] = {"whole": whole, "sharded": scored(reward, images, sources), "held": here / parameters}
+    torch.save(found, folder / f"rewards_{rank}.pt")
+
+
+def scored(reward: RewardModel, images: torch.Tensor, sources: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    images = images.clone().requires_grad_()
+    scores = reward.differentiable(images, ["a red circle", "make the square blue"], sources)
+    return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]
+
+
 def main(folder: Path) -> None:
-    """Every recipe, then supervised training with a key of each process's own: the mistake that the test must notice."""
+    """Every recipe; half of one that the test goes on with alone; and one with a key of each process's own, the mistake that the
+    test must notice."""
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
     parallel.use_threads(1)
     with joined() as here:
         for name in RECIPES:
             train(name, inputs, folder / f"{name}_of_{here.size}")
+        train("muon", inputs, folder / "elastic", steps=STEPS // 2)
+        score_sharded(folder, here.rank)
         run(supervised(inputs, key=(world().rank, 2)), steps=STEPS, output=folder / "own_keys", label="own keys")
 
 
