@@ -143,7 +143,7 @@ def work_rows(stages: Mapping[str, StageSettings], network: Network, cluster: Cl
             "gpu_hours": seconds * cluster.count / 3600, "hours": seconds / 3600,
         })  # fmt: skip
     total = {name: sum(row[name] for row in rows) for name in ("samples", "exaflop", "gpu_hours", "hours")}
-    return [*rows, {"stage": "all", **total}]
+    return [*rows, dict.fromkeys(rows[0], None) | {"stage": "all"} | total]
 
 
 # -- memory
