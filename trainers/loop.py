@@ -89,8 +89,7 @@ def run(
     _begin_alike(recipe, start, output)
     log_path = output / "metrics.jsonl" if here.first else Path(os.devnull)
     _drop_lines_after(log_path, start)
-    samples = recipe.settings.batch
-    rates = Throughput(samples, flops_per_sample, peak_flops)
+    rates = Throughput(recipe.settings.batch, flops_per_sample, peak_flops)
     saved_at, pause = time.monotonic(), checkpoint_every_s
     with log_path.open("a") as log, Progress(label, total=steps, unit="steps", done=start) as bar:
         done, stopped = start, None
@@ -108,7 +107,7 @@ def run(
             done = index + 1
             if done % LOG_EVERY == 0 or done == steps:
                 means = {name: _mean(values, LOG_EVERY) for name, values in window.items()}
-                for name, value in {**means, **rates.since_last(), "samples": done * samples}.items():
+                for name, value in {**means, **rates.since_last()}.items():
                     log.write(json.dumps({"position": done, "name": name, "value": value}) + "\n")
                 log.flush()
             bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})

@@ -78,8 +78,9 @@ def train_stage(
         raise ValueError(f"stage {stage!r} starts from a checkpoint: train the stage before it or name one")
     encoder = PromptEncoder.load(components, model.hidden_state)
     vae = load_vae(components)
+    side = model.size_px // latent_scale(vae.config)
     if parent is None:
-        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae.config), seed)
+        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, side, seed)
     else:
         check_hidden_state(parent, model)
         unet = load_unet(parent)
@@ -116,7 +117,7 @@ def train_stage(
         output=output,
         label=stage,
         checkpoint_every_s=execution.checkpoint_every_s,
-        flops_per_sample=forwards_per_sample(settings, rows.side) * forward_flops(unet.config, rows.side),
+        flops_per_sample=forwards_per_sample(settings, side) * forward_flops(unet.config, side),
         peak_flops=peak and peak * world().size,
         on_checkpoint=on_checkpoint,
     )

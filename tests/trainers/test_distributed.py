@@ -30,7 +30,7 @@ def folder(components, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(worker.Inputs(rows, components), folder / "inputs.pt")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DREAMLITE_PROGRESS": "0"}
-    subprocess.run([*launch, "-m", "tests.trainers.distributed_worker", str(folder)], cwd=ROOT, env=environment, check=True, timeout=240)
+    subprocess.run([*launch, "-m", "tests.trainers.distributed_worker", str(folder)], cwd=ROOT, env=environment, check=True, timeout=900)
     return folder
 
 

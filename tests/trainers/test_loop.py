@@ -33,13 +33,13 @@ def same(left: object, right: object) -> bool:
 
 def logged(output: Path) -> list[tuple[float, str, float]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["position"], line["name"], line["value"]) for line in lines if line["name"] in ("loss", "samples")]
+    return [(line["position"], line["name"], line["value"]) for line in lines if line["name"] == "loss"]
 
 
 @pytest.mark.slow
 def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DREAMLITE_PROGRESS": "0"}
-    subprocess.run([sys.executable, "-m", "tests.trainers.toy_recipe", str(tmp_path), "7"], cwd=ROOT, env=environment, check=True, timeout=240)
+    subprocess.run([sys.executable, "-m", "tests.trainers.toy_recipe", str(tmp_path), "7"], cwd=ROOT, env=environment, check=True, timeout=900)
     train(tmp_path / "whole")
     assert same(state(tmp_path / "killed"), state(tmp_path / "whole")), "weights, optimizer, average, metrics or position differ"
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
@@ -87,4 +87,4 @@ def test_the_log_says_how_fast_it_went_and_how_long_it_waited(tmp_path: Path) ->
     assert means["tflops_per_s"] == pytest.approx(means["samples_per_s"] * 1e-3)
     assert means["data_wait_share"] == 0.0, "the toy draws its rows itself"
     names = {json.loads(line)["name"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
-    assert {"loss", "samples_per_s", "data_wait_share", "tflops_per_s", "samples"} <= names
+    assert {"loss", "samples_per_s", "data_wait_share", "tflops_per_s"} <= names
