@@ -3,15 +3,17 @@ A recipe owns networks and optimizers; the loop owns time, the log and the state
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import nn
@@ -80,45 +82,45 @@ def run(
     Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
     each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` is logged as a rate, and as a
     share of `peak_flops` (of all processes) where that is known.
-    Raises FloatingPointError with the step's number where a metric is not finite.
+    Raises FloatingPointError with the step's number where a metric is not finite, RuntimeError where another training writes
+    to `output`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    here = world()
     kept = max(LOG_EVERY, steps // 10)
-    start, window = _resume(recipe, output, kept)
-    _begin_alike(recipe, start, output)
-    log_path = output / "metrics.jsonl" if here.first else Path(os.devnull)
-    _drop_lines_after(log_path, start)
-    rates = Throughput(recipe.settings.batch, flops_per_sample, peak_flops)
-    saved_at, pause = time.monotonic(), checkpoint_every_s
-    with log_path.open("a") as log, Progress(label, total=steps, unit="steps", done=start) as bar:
+    with _log_of_the_first(output) as log:
+        start, window = _resume(recipe, output, kept)
+        _begin_alike(recipe, start, output)
+        _drop_lines_after(log, start)
+        rates = Throughput(recipe.settings.batch, flops_per_sample, peak_flops)
+        saved_at, pause = time.monotonic(), checkpoint_every_s
         done, stopped = start, None
-        for index in range(start, steps):
-            stopped = _stop_reason(recipe)
-            if stopped:
-                break
-            metrics = recipe.step(index)
-            rates.step_done()
-            broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if broken:
-                raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
-            for name, value in metrics.items():
-                window.setdefault(name, deque(maxlen=kept)).append(value)
-            done = index + 1
-            if done % LOG_EVERY == 0 or done == steps:
-                means = {name: _mean(values, LOG_EVERY) for name, values in window.items()}
-                for name, value in {**means, **rates.since_last()}.items():
-                    log.write(json.dumps({"position": done, "name": name, "value": value}) + "\n")
-                log.flush()
-            bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})
-            if _is_due(time.monotonic() - saved_at >= pause, shared=on_checkpoint is not None):
-                started = time.monotonic()
-                _save(recipe, done, window, output)
-                saved_at = time.monotonic()
-                pause = max(checkpoint_every_s, (saved_at - started) / SAVING_SHARE)
-                if on_checkpoint:
-                    on_checkpoint(done, metrics)
-    _save(recipe, done, window, output)
+        with Progress(label, total=steps, unit="steps", done=start) as bar:
+            for index in range(start, steps):
+                stopped = _stop_reason(recipe)
+                if stopped:
+                    break
+                metrics = recipe.step(index)
+                rates.step_done()
+                broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+                if broken:
+                    raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
+                for name, value in metrics.items():
+                    window.setdefault(name, deque(maxlen=kept)).append(value)
+                done = index + 1
+                if done % LOG_EVERY == 0 or done == steps:
+                    means = {name: _mean(values, LOG_EVERY) for name, values in window.items()}
+                    for name, value in {**means, **rates.since_last()}.items():
+                        log.write(json.dumps({"position": done, "name": name, "value": value}) + "\n")
+                    log.flush()
+                bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})
+                if _is_due(time.monotonic() - saved_at >= pause, shared=on_checkpoint is not None):
+                    started = time.monotonic()
+                    _save(recipe, done, window, output)
+                    saved_at = time.monotonic()
+                    pause = max(checkpoint_every_s, (saved_at - started) / SAVING_SHARE)
+                    if on_checkpoint:
+                        on_checkpoint(done, metrics)
+        _save(recipe, done, window, output)
     wait_for_all()
     means = {name: _mean(values, max(1, done // 10)) for name, values in window.items()} | rates.overall()
     if on_checkpoint:
@@ -127,6 +129,24 @@ def run(
         print(f"{label} stopped after {done} of {steps} steps: {stopped}", file=sys.stderr)
         means["stopped_at_step"] = float(done)
     return means
+
+
+@contextmanager
+def _log_of_the_first(output: Path) -> Iterator[TextIO]:
+    """metrics.jsonl of the process that writes, held as long as it trains; nothing keeps what the others would log.
+
+    Raises RuntimeError where another training writes here: one whose launcher was killed may live on, and both would spoil the state.
+    """
+    if not world().first:
+        with open(os.devnull, "w") as nothing:
+            yield nothing
+        return
+    with (output / "metrics.jsonl").open("a+") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {output}: end it, or wait for it, and go on then") from None
+        yield log
 
 
 def _mean(values: Sequence[float], count: int) -> float:
@@ -245,13 +265,18 @@ def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deq
     return int(state["position"]), {name: deque(values, maxlen=kept) for name, values in state["window"].items()}
 
 
-def _drop_lines_after(path: Path, position: int) -> None:
-    if path.is_file():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["position"] <= position:
-                    kept.append(line)
-            except ValueError:  # the line that a kill cut off
-                continue
-        path.write_text("".join(line + "\n" for line in kept))
+def _drop_lines_after(log: TextIO, position: int) -> None:
+    """Take out of the open log what a killed process wrote after its last checkpoint, and the line that the kill cut off."""
+    if not log.readable():
+        return
+    log.seek(0)
+    kept = []
+    for line in log:
+        try:
+            if json.loads(line)["position"] <= position:
+                kept.append(line)
+        except ValueError:
+            continue
+    log.truncate(0)
+    log.writelines(kept)
+    log.flush()

@@ -105,8 +105,10 @@ def train_stage(
     elif isinstance(settings, ReFLSettings):
         rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
         seconds = {task: load_scorer(second.kind, second.model) for task, second in settings.second_scorers.items()}
-        if execution.shard_rewards:
-            for reward in rewards.values():
+        for reward in rewards.values():
+            if execution.gradient_checkpointing:
+                reward.enable_activation_checkpointing()
+            if execution.shard_rewards:
                 shard_reward(reward, settings.batch)
         recipe = ReFLRecipe(unet, vae, rewards, rows, settings, key, seconds)
     else:

@@ -88,3 +88,17 @@ def test_the_log_says_how_fast_it_went_and_how_long_it_waited(tmp_path: Path) ->
     assert means["data_wait_share"] == 0.0, "the toy draws its rows itself"
     names = {json.loads(line)["name"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
     assert {"loss", "samples_per_s", "data_wait_share", "tflops_per_s"} <= names
+
+
+def test_two_trainings_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    other = ToyRecipe()
+    refusals = []
+
+    def meanwhile(position: int, _: object) -> None:
+        with pytest.raises(RuntimeError, match="another process is training in") as refused:
+            run(other, steps=4, output=tmp_path, label="second")
+        refusals.append(refused)
+
+    run(ToyRecipe(pause_s=0.05), steps=4, output=tmp_path, label="first", checkpoint_every_s=0.0, on_checkpoint=meanwhile)
+    assert refusals and other.ema.updates == 0
+    run(other, steps=4, output=tmp_path, label="later")  # the first has ended
