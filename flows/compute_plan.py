@@ -46,10 +46,12 @@ def _network(config: PipelineConfig, folder: Path, note: Callable[[str], None]) 
     encoder, vae = folder / "text_encoder" / "config.json", folder / "vae" / "config.json"
     if not (encoder.is_file() and vae.is_file()):
         note(f"no frozen parts at {folder}: planning with those that were published (Qwen3-VL-2B, TAESDXL)")
-        return Network(unet_config(config.model, PUBLISHED_TEXT_WIDTH, side := config.model.size_px // PUBLISHED_LATENT_SCALE), side)
+        side = config.model.size_px // PUBLISHED_LATENT_SCALE
+        return Network(unet_config(config.model, PUBLISHED_TEXT_WIDTH, side), config.model.size_px, PUBLISHED_LATENT_SCALE)
     width = json.loads(encoder.read_text())["text_config"]["hidden_size"]
     parts = json.loads(vae.read_text())
-    side = config.model.size_px // latent_scale(parts)
+    latent_px = latent_scale(parts)
     return Network(
-        unet_config(config.model, width, side), side, tuple(parts["decoder_block_out_channels"]), tuple(parts["num_decoder_blocks"])
-    )
+        unet_config(config.model, width, config.model.size_px // latent_px), config.model.size_px, latent_px,
+        tuple(parts["decoder_block_out_channels"]), tuple(parts["num_decoder_blocks"]),
+    )  # fmt: skip

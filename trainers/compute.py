@@ -3,8 +3,10 @@ Counted from the settings and the meta-device network alone; throughput is a cei
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from dreamlite_data.rewards.plan import GPUS, USABLE_MEMORY
 from trainers.flow import deployed_sigmas
-from trainers.network_cost import NetworkCost, decoder_cost, unet_cost
+from trainers.network_cost import NetworkCost, decoder_cost, forward_flops, unet_cost
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 
 StageSettings = SupervisedSettings | ReFLSettings | DMD2Settings
@@ -49,7 +51,8 @@ class Cluster:
     @classmethod
     def of(cls, gpu: str, count: int, utilisation: float) -> Cluster:
         """Of a GPU by the beginning of its name in any case; raises ValueError where none or no sensible figure is meant."""
-        found = [name for name in GPUS if name.lower().startswith(gpu.lower())]
+        named = [name for name in GPUS if name.lower().startswith(gpu.lower())]
+        found = [name for name in named if name.lower() == gpu.lower()] or named
         if not found:
             raise ValueError(f"no data sheet of a GPU '{gpu}': give one of {', '.join(GPUS)}")
         if count < 1 or not 0 < utilisation <= 1:
@@ -69,20 +72,46 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What the plan knows of the model: diffusers config of the UNet, latents along a panel's side, decoder widths and blocks."""
+    """What the plan knows of the model: diffusers config of the UNet, side of a panel, pixels of a latent, decoder widths and blocks."""
 
     config: Mapping[str, Any]
-    side: int
+    size_px: int
+    latent_px: int = 8
     decoder_channels: tuple[int, ...] = (64, 64, 64, 64)
     decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
 
-    @property
-    def unet(self) -> NetworkCost:
-        return unet_cost(self.config, self.side)
+    def unet(self, size_px: int | None = None, precision: str = "bfloat16") -> NetworkCost:
+        """Of one sample at a size, by default the model's own."""
+        return unet_cost(self.config, (size_px or self.size_px) // self.latent_px, getattr(torch, precision))
 
-    @property
-    def decoder(self) -> NetworkCost:
-        return decoder_cost(self.decoder_channels, self.decoder_blocks, self.side, torch.bfloat16)
+    def decoder(self, precision: str = "bfloat16") -> NetworkCost:
+        """Of one image at the model's size."""
+        return decoder_cost(self.decoder_channels, self.decoder_blocks, self.size_px // self.latent_px, getattr(torch, precision))
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps of a stage at one size."""
+
+    steps: int
+    size_px: int
+    micro_batch: int
+
+
+def phases(settings: StageSettings, size_px: int) -> list[Phase]:
+    """The sizes that a stage trains at, in their order."""
+    sizes = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
+    found = [Phase(phase.steps, phase.size_px, phase.micro_batch or settings.micro_batch) for phase in sizes]
+    return found or [Phase(settings.steps, size_px, settings.micro_batch)]
+
+
+def flops_per_sample(settings: StageSettings, config: Mapping[str, Any], size_px: int, latent_px: int) -> Callable[[int], float]:
+    """Work of the UNets for one sample at a given step, without recomputation: what a rate or a share of a peak counts."""
+    stages = phases(settings, size_px)
+    ends = list(itertools.accumulate(phase.steps for phase in stages))
+    sides = [phase.size_px // latent_px for phase in stages]
+    flops = [forwards_per_sample(settings, side) * forward_flops(config, side) for side in sides]
+    return lambda index: flops[min(bisect.bisect_right(ends, index), len(flops) - 1)]
 
 
 def peak_flops() -> float | None:
@@ -131,15 +160,18 @@ def work_rows(stages: Mapping[str, StageSettings], network: Network, cluster: Cl
     """A row per stage: passes and TFLOP a sample, exaFLOP of the stage, and what the cluster makes of it at its utilisation."""
     rows = []
     for name, settings in stages.items():
-        passes = forwards_per_sample(settings, network.side)
-        flops = passes * network.unet.forward_flops
-        if isinstance(settings, ReFLSettings):  # forward, and backward to the image
-            flops += 2 * sum(reward for _, reward, _ in REWARDS.values()) / len(REWARDS) + 3 * network.decoder.forward_flops
+        passes = forwards_per_sample(settings, network.size_px // network.latent_px)
         samples = settings.steps * settings.batch
-        seconds = flops * samples / cluster.flops_per_s
+        flops = settings.batch * sum(
+            phase.steps * passes * network.unet(phase.size_px).forward_flops for phase in phases(settings, network.size_px)
+        )
+        if isinstance(settings, ReFLSettings):  # forward, and backward to the image
+            rewards = sum(reward for _, reward, _ in REWARDS.values()) / len(REWARDS)
+            flops += samples * (2 * rewards + 3 * network.decoder().forward_flops)
+        seconds = flops / cluster.flops_per_s
         rows.append({
             "stage": name, "steps": settings.steps, "batch": settings.batch, "samples": samples, "unet_passes": passes,
-            "tflop_per_sample": flops / 1e12, "exaflop": flops * samples / 1e18, "samples_per_s": cluster.flops_per_s / flops,
+            "tflop_per_sample": flops / samples / 1e12, "exaflop": flops / 1e18, "samples_per_s": samples / seconds,
             "gpu_hours": seconds * cluster.count / 3600, "hours": seconds / 3600,
         })  # fmt: skip
     total = {name: sum(row[name] for row in rows) for name in ("samples", "exaflop", "gpu_hours", "hours")}
@@ -150,27 +182,33 @@ def work_rows(stages: Mapping[str, StageSettings], network: Network, cluster: Cl
 
 
 def memory_rows(stages: Mapping[str, StageSettings], network: Network, cluster: Cluster, shard_rewards: bool = False) -> list[dict[str, Any]]:
-    """A row per stage, gigabytes of one GPU: trained networks in float32, frozen ones, and activations in bfloat16 of one
+    """A row per stage, gigabytes of one GPU: trained networks in float32, frozen ones, and activations of one
     micro-batch without and with gradient checkpointing. `fits` says with which of them the GPU holds it, or how small the
     micro-batch must be."""
     return [_memory_row(name, settings, network, cluster, shard_rewards) for name, settings in stages.items()]
 
 
 def _memory_row(name: str, settings: StageSettings, network: Network, cluster: Cluster, shard_rewards: bool) -> dict[str, Any]:
-    unet, weights = network.unet, network.unet.parameters * FLOAT32_BYTES
+    # The phase whose micro-batch keeps most decides; activations are of the precision that the stage computes in.
+    phase = max(
+        phases(settings, network.size_px), key=lambda each: each.micro_batch * network.unet(each.size_px, settings.precision).activation_bytes
+    )
+    unet = network.unet(phase.size_px, settings.precision)
+    weights = unet.parameters * FLOAT32_BYTES
     trained = 2 if isinstance(settings, DMD2Settings) else 1  # the student and the fake score
     frozen = 0 if isinstance(settings, SupervisedSettings) else weights  # the teacher, or the start model
     reward, plain, checkpointed = 0.0, unet.activation_bytes, unet.checkpointed_bytes
     if isinstance(settings, ReFLSettings):
         reward = sum(parameters for parameters, _, _ in REWARDS.values()) * 2 / (cluster.count if shard_rewards else 1)
         # One task a step. The reward's graph lives while the UNet's waits.
-        plain += network.decoder.activation_bytes + max(reward_activation_bytes(tokens) for _, _, tokens in REWARDS.values())
-        checkpointed += network.decoder.activation_bytes + max(reward_activation_bytes(tokens, checkpointed=True) for _, _, tokens in REWARDS.values())
+        decoded, longest = network.decoder(settings.precision).activation_bytes, max(tokens for _, _, tokens in REWARDS.values())
+        plain += decoded + reward_activation_bytes(longest)
+        checkpointed += decoded + reward_activation_bytes(longest, checkpointed=True)
     parts = {
         "weights": trained * weights, "gradients": GRADIENT_COPIES * weights, "optimizer": trained * unet.parameters * ADAM_BYTES,
         "ema": weights, "frozen": frozen, "rewards": reward,
     }  # fmt: skip
-    held, rows = sum(parts.values()), settings.micro_batch
+    held, rows = sum(parts.values()), phase.micro_batch
     fits = "no: not one sample"
     if held + rows * plain <= cluster.memory_bytes:
         fits = "yes"
@@ -198,14 +236,14 @@ def reward_activation_bytes(tokens: int, *, checkpointed: bool = False) -> int:
 
 def disk_rows(stages: Mapping[str, StageSettings], network: Network, rows: Mapping[str, int], components: Path | None) -> list[dict[str, Any]]:
     """Gigabytes on disk: cached latents and prompt states of `rows` of each task, and state and checkpoint of each stage."""
-    latent, width = 4 * network.side**2 * LATENT_BYTES, int(network.config["encoder_hid_dim"])
+    latent, width = 4 * (network.size_px // network.latent_px) ** 2 * LATENT_BYTES, int(network.config["encoder_hid_dim"])
     found = [
         {"what": f"latents of {rows['generate']:,} images", "gb": rows["generate"] * latent / 1e9},
         {"what": f"latents of {rows['edit']:,} edits, source and target", "gb": 2 * rows["edit"] * latent / 1e9},
         *({"what": f"prompt states, {task}", "gb": rows[task] * STORED_TOKENS[task] * width * STATE_BYTES / 1e9} for task in rows),
     ]
     frozen = sum(path.stat().st_size for path in components.rglob("*") if path.is_file()) if components and components.is_dir() else 0
-    parameters = network.unet.parameters
+    parameters = network.unet().parameters
     for name, settings in stages.items():
         trained = 2 if isinstance(settings, DMD2Settings) else 1
         state = parameters * (trained * (FLOAT32_BYTES + ADAM_BYTES) + FLOAT32_BYTES)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections import deque
@@ -15,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import numpy as np
 import torch
 from torch import nn
 
 from dreamlite_data.progress import Progress
 from trainers.data import Batch
 from trainers.distributed import as_the_first_says, copy_from_first, gathered, own_share, sum_over_processes, wait_for_all, world
+from trainers.nonfinite import NonFiniteError, require_finite, stop
 from trainers.parallel import map_threads
 from trainers.throughput import Throughput
 
@@ -42,10 +45,18 @@ class Recipe(Protocol):
 
 
 class Ema:
-    """Exponential moving average of a network in float32: e <- b e + (1 - b) w, with b warmed up as (1 + n) / (10 + n)."""
+    """Moving average of a network in float32: e <- b e + (1 - b) w.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    b is `decay`, warmed up as (1 + n) / (10 + n); or, with the relative `width` of a power law, (1 - 1 / n)^(g + 1) (EDM2,
+    arXiv 2312.02696, section 3.1). Raises ValueError for weights of less than float32: at small learning rates they stand still.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, width: float | None = None) -> None:
+        narrow = {str(value.dtype) for value in module.parameters() if value.dtype in (torch.bfloat16, torch.float16)}
+        if narrow:
+            raise ValueError(f"the weights to train are {', '.join(narrow)}: load them in float32 and set `precision: bfloat16`")
         self.decay, self.updates = decay, 0
+        self.exponent = None if width is None else power_exponent(width) + 1
         self.weights = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
 
     @torch.no_grad()
@@ -53,12 +64,19 @@ class Ema:
         """Fold in the weights after one optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.exponent is not None:
+            decay = (1 - 1 / self.updates) ** self.exponent
         values = module.state_dict()
         torch._foreach_lerp_([self.weights[name] for name in values], [value.float() for value in values.values()], 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Load the average into a network."""
         module.load_state_dict(self.weights)
+
+
+def power_exponent(width: float) -> float:
+    """g of a power-law average of relative width s: s^2 = (g + 1) / ((g + 2)^2 (g + 3)), solved as EDM2's appendix C does."""
+    return float(max(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real))
 
 
 def run(
@@ -68,7 +86,7 @@ def run(
     output: Path,
     label: str,
     checkpoint_every_s: float = 30.0,
-    flops_per_sample: float | None = None,
+    flops_per_sample: Callable[[int], float] | None = None,
     peak_flops: float | None = None,
     on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, float]:
@@ -80,9 +98,10 @@ def run(
     the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
     The position counts steps, and so rows of the plan: it holds for any number of processes, which may change with a resume.
     Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
-    each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` is logged as a rate, and as a
-    share of `peak_flops` (of all processes) where that is known.
-    Raises FloatingPointError with the step's number where a metric is not finite, RuntimeError where another training writes
+    each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` of a step is logged as a rate,
+    and as a share of `peak_flops` (of all processes) where that is known.
+    Raises FloatingPointError with the step's number where a loss, gradient or metric is not finite (see `nonfinite` for
+    its rows), RuntimeError where another training writes
     to `output`.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +110,7 @@ def run(
         start, window = _resume(recipe, output, kept)
         _begin_alike(recipe, start, output)
         _drop_lines_after(log, start)
-        rates = Throughput(recipe.settings.batch, flops_per_sample, peak_flops)
+        rates, rows = Throughput(peak_flops), recipe.settings.batch
         saved_at, pause = time.monotonic(), checkpoint_every_s
         done, stopped = start, None
         with Progress(label, total=steps, unit="steps", done=start) as bar:
@@ -99,8 +118,11 @@ def run(
                 stopped = _stop_reason(recipe)
                 if stopped:
                     break
-                metrics = recipe.step(index)
-                rates.step_done()
+                try:
+                    metrics = recipe.step(index)
+                except NonFiniteError as error:
+                    raise stop(error, label, index, output) from None
+                rates.step_done(rows, rows * flops_per_sample(index) if flops_per_sample else 0.0)
                 broken = [name for name, value in metrics.items() if not math.isfinite(value)]
                 if broken:
                     raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
@@ -192,6 +214,7 @@ def batch_gradient(
         value, logs = loss(part)
         share = len(part.rows) / len(batch.rows)
         gradients = torch.autograd.grad(value * share, parameters, allow_unused=True)
+        require_finite(value, gradients, part, parameters, loss)
         return gradients, {"loss": value.item(), **logs}
 
     own = batch.split(own_share(len(batch.rows)))[world().rank]
@@ -256,11 +279,17 @@ def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deq
     path = output / "state.pt"
     if not path.is_file():
         return 0, {}
-    state = torch.load(path, weights_only=True)
-    for name, module in recipe.modules.items():
-        module.load_state_dict(state["modules"][name])
-    for name, optimizer in recipe.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
+    try:
+        for name, module in recipe.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimizer in recipe.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not of this stage's network and settings ({str(error).splitlines()[0]}): give another output folder") from None
     recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]
     return int(state["position"]), {name: deque(values, maxlen=kept) for name, values in state["window"].items()}
 

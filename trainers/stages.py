@@ -15,7 +15,7 @@ from PIL import Image
 from dreamlite_data.lake import Lake
 from dreamlite_data.rewards import load_reward, load_scorer
 from trainers.components.build import build_components
-from trainers.compute import forwards_per_sample, peak_flops
+from trainers.compute import flops_per_sample, peak_flops
 from trainers.conditioning import PromptEncoder
 from trainers.data import TrainingRows
 from trainers.distributed import first_process_first, wait_for_all, world
@@ -24,7 +24,6 @@ from trainers.execution import TrainExecution
 from trainers.inference import Sampler
 from trainers.loop import run
 from trainers.model import build_unet, latent_scale, load_facts, load_unet, load_vae, save_checkpoint
-from trainers.network_cost import forward_flops
 from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
@@ -78,28 +77,34 @@ def train_stage(
         raise ValueError(f"stage {stage!r} starts from a checkpoint: train the stage before it or name one")
     encoder = PromptEncoder.load(components, model.hidden_state)
     vae = load_vae(components)
-    side = model.size_px // latent_scale(vae.config)
     if parent is None:
-        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, side, seed)
+        unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae.config), seed)
     else:
         check_hidden_state(parent, model)
         unet = load_unet(parent)
-    prompts_only = not isinstance(settings, SupervisedSettings)
-    with first_process_first():  # it fills the caches of latents and prompt states, the others read them
-        rows = TrainingRows(
+
+    def rows_of(size_px: int, logical_size_px: int | None = None) -> TrainingRows:
+        return TrainingRows(
             lake,
             [(name, datasets[name]) for name in settings.datasets],
             split="train",
             vae=vae,
             encoder=encoder,
             components_digest=encoders_digest(components),
-            size_px=model.size_px,
-            encode_images=not prompts_only,
+            size_px=size_px,
+            encode_images=settings.reads_targets,
+            columns=settings.columns,
+            aspect_buckets=model.aspect_buckets,
+            logical_size_px=logical_size_px,
         )
+
+    key = (seed, STAGES.index(stage))
+    phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
+    with first_process_first():  # it fills the caches of latents and prompt states, the others read them
+        rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
     execution, peak = execution or TrainExecution(), peak_flops()
     if execution.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    key = (seed, STAGES.index(stage))
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):
@@ -119,7 +124,7 @@ def train_stage(
         output=output,
         label=stage,
         checkpoint_every_s=execution.checkpoint_every_s,
-        flops_per_sample=forwards_per_sample(settings, side) * forward_flops(unet.config, side),
+        flops_per_sample=flops_per_sample(settings, unet.config, model.size_px, latent_scale(vae.config)),
         peak_flops=peak and peak * world().size,
         on_checkpoint=on_checkpoint,
     )

@@ -29,17 +29,16 @@ def counts_as_data_wait(function: Callable[Parameters, Result]) -> Callable[Para
 
 
 class Throughput:
-    """Rates since the last reading, and over all. `flops_per_sample` is the work of one sample of a global batch without
-    recomputation, `peak_flops` what the devices that share the batch can do in a second (`trainers.compute` knows both)."""
+    """Rates since the last reading, and over all. `peak_flops` is what the devices that share a batch can do in a second."""
 
-    def __init__(self, samples_per_step: int, flops_per_sample: float | None = None, peak_flops: float | None = None) -> None:
-        self.samples_per_step, self.flops_per_sample, self.peak_flops = samples_per_step, flops_per_sample, peak_flops
-        self._steps = 0
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self.peak_flops = peak_flops
+        self._samples, self._flops = 0, 0.0
         self._first = self._last = self._now()
 
-    def step_done(self) -> None:
-        """Count one optimizer step."""
-        self._steps += 1
+    def step_done(self, samples: int, flops: float) -> None:
+        """Count one optimizer step: its samples, and their work without recomputation (0 where it is not known)."""
+        self._samples, self._flops = self._samples + samples, self._flops + flops
 
     def since_last(self) -> dict[str, float]:
         """Rates since the call before."""
@@ -50,18 +49,16 @@ class Throughput:
         """Rates since the beginning of this process; nothing where it did no step."""
         return self._rates(self._first, self._now())
 
-    def _now(self) -> tuple[int, float, float]:
-        return self._steps, time.perf_counter(), _waited_s
+    def _now(self) -> tuple[float, ...]:
+        return self._samples, self._flops, time.perf_counter(), _waited_s
 
-    def _rates(self, before: tuple[int, float, float], now: tuple[int, float, float]) -> dict[str, float]:
-        steps, seconds, waited = (b - a for a, b in zip(before, now, strict=True))
-        if not steps or seconds <= 0:
+    def _rates(self, before: tuple[float, ...], now: tuple[float, ...]) -> dict[str, float]:
+        samples, flops, seconds, waited = (b - a for a, b in zip(before, now, strict=True))
+        if not samples or seconds <= 0:
             return {}
-        samples = steps * self.samples_per_step
         rates = {"samples_per_s": samples / seconds, "data_wait_share": waited / seconds}
-        if self.flops_per_sample:
-            rates["tflops_per_s"] = self.flops_per_sample * samples / seconds / 1e12
+        if flops:
+            rates["tflops_per_s"] = flops / seconds / 1e12
             if self.peak_flops:
-                rates["mfu"] = self.flops_per_sample * samples / seconds / self.peak_flops
+                rates["mfu"] = flops / seconds / self.peak_flops
         return rates
-

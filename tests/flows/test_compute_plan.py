@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.config import load_config
-from trainers.compute import Cluster, Network, disk_rows, forwards_per_sample, memory_rows, work_rows
+from trainers.compute import Cluster, Network, disk_rows, flops_per_sample, forwards_per_sample, memory_rows, work_rows
 from trainers.model import OFFICIAL_PARAMETERS, unet_config
 from trainers.network_cost import forward_flops
 from trainers.settings import DMD2Settings, SupervisedSettings
@@ -23,12 +23,14 @@ def paper():
 
 @pytest.fixture(scope="module")
 def network(paper) -> Network:
-    return Network(unet_config(paper.model, 2048, 32), 32)  # 256 px: counted in a second, and scaled to nothing else
+    return Network(unet_config(paper.model, 2048, 32), 256)
 
 
 @pytest.fixture(scope="module")
 def stages(paper) -> dict:
-    return {name: getattr(paper.train, name) for name in STAGES}
+    """At one size, 256 px, which is counted in seconds."""
+    found = {name: getattr(paper.train, name) for name in STAGES}
+    return {name: settings.model_copy(update={"size_phases": ()}) if "size_phases" in type(settings).model_fields else settings for name, settings in found.items()}
 
 
 @pytest.mark.parametrize(("side", "tflop"), [(32, 0.158), (64, 0.640), (128, 2.822)])
@@ -37,10 +39,11 @@ def test_a_forward_pass_of_the_official_network_costs_what_was_published(paper, 
 
 
 def test_memory_of_the_official_network(network: Network, stages: dict) -> None:
-    assert network.unet.parameters == OFFICIAL_PARAMETERS
+    cost = network.unet()
+    assert cost.parameters == OFFICIAL_PARAMETERS
     # trainers.md 7.1: 0.64 and 0.05 GiB a sample at 256 px, without and with gradient checkpointing.
-    assert network.unet.activation_bytes / 2**30 == pytest.approx(0.6, abs=0.05)
-    assert network.unet.checkpointed_bytes < 0.2 * network.unet.activation_bytes
+    assert cost.activation_bytes / 2**30 == pytest.approx(0.6, abs=0.05)
+    assert cost.checkpointed_bytes < 0.2 * cost.activation_bytes
     rows = {row["stage"]: row for row in memory_rows(stages, network, Cluster())}
     parameters_gb = OFFICIAL_PARAMETERS / 1e9
     held = {part: rows["t2i"][f"{part}_gb"] / parameters_gb for part in ("weights", "gradients", "optimizer", "ema", "frozen", "rewards")}
@@ -49,6 +52,7 @@ def test_memory_of_the_official_network(network: Network, stages: dict) -> None:
     assert rows["refl"]["rewards_gb"] == pytest.approx(31.0)
     sharded = {row["stage"]: row for row in memory_rows(stages, network, Cluster(count=8), shard_rewards=True)}
     assert sharded["refl"]["rewards_gb"] == pytest.approx(31.0 / 8)
+    assert Cluster.of("l4", 1, 0.28).gpu == "L4", "and not the L40S, whose name begins alike"
     small = {row["stage"]: row["fits"] for row in memory_rows(stages, network, Cluster.of("l4", 1, 0.28))}
     assert rows["t2i"]["fits"] == "yes" and small["refl"].startswith("no")
 
@@ -71,6 +75,16 @@ def test_hours_follow_from_work_and_gpus(network: Network, stages: dict) -> None
     assert t2i["samples_per_s"] * t2i["hours"] * 3600 == pytest.approx(t2i["samples"])
     assert t2i["samples_per_s"] / 8 == pytest.approx(584, rel=0.01), "trainers.md 7.2: H100 at 256 px and 28 %"
     assert eight[-1]["gpu_hours"] == pytest.approx(sum(row["gpu_hours"] for row in eight[:-1]))
+
+
+def test_sizes_of_a_stage_are_counted_step_by_step(network: Network) -> None:
+    sizes = [{"size_px": 128, "steps": 3}, {"size_px": 256, "steps": 1}]
+    settings = SupervisedSettings(tasks={"generate": 1.0}, datasets=("t2i",), steps=4, batch=2, size_phases=sizes)
+    small, large = (3 * forward_flops(network.config, side) for side in (16, 32))
+    at = flops_per_sample(settings, network.config, 256, 8)
+    assert [at(step) for step in range(5)] == [small, small, small, large, large]
+    (row, _) = work_rows({"t2i": settings}, network, Cluster())
+    assert row["tflop_per_sample"] * 1e12 == pytest.approx((3 * small + large) / 4)
 
 
 def test_disk_of_latents_and_states(network: Network, stages: dict) -> None:

@@ -81,3 +81,11 @@ def test_stages_are_judged_on_a_split_that_the_datasets_have(splits, chosen, jud
     for wrong in ("train", "heldout" if splits != "{}" else "test"):
         with pytest.raises(ConfigError, match=f"evaluate.split is '{wrong}': judge on a split of refresh.policy.splits beside train"):
             load_config("mini", [f"refresh.policy.splits={splits}", f"evaluate.split={wrong}"])
+
+
+def test_a_curriculum_of_sizes_ends_at_the_size_of_the_model():
+    paper = load_config("paper")
+    assert [phase.size_px for phase in paper.train.t2i.size_phases] == [256, 512, 1024] and paper.model.aspect_buckets
+    with pytest.raises(ConfigError, match="train.t2i.size_phases ends at 1024 px, but model.size_px is 512"):
+        load_config("paper", ["model.size_px=512"])
+    assert not load_config("mini").train.t2i.size_phases
