@@ -64,7 +64,7 @@ def test_two_processes_train_what_one_does(folder: Path, inputs: worker.Inputs, 
     assert furthest(one, two) <= ROUNDING[name]
     start = worker.unet().state_dict()
     trained = next(iter(recipe.modules.values())).state_dict()
-    assert furthest(start, trained) > 1e-3, "it must have moved for the comparison to say anything"
+    assert furthest(start, trained) > 30 * ROUNDING[name], "it must have moved for the comparison to say anything"
     if name == "adamw":
         assert furthest(one, weights(folder / "own_keys")) > 1e-3, "a key for each process is another training"
 
