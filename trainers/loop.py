@@ -17,6 +17,7 @@ from torch import nn
 
 from dreamlite_data.progress import Progress
 from trainers.data import Batch
+from trainers.lora import load_trained_state, trained_state
 from trainers.parallel import map_threads
 
 LOG_EVERY = 10
@@ -34,23 +35,23 @@ class Recipe(Protocol):
 
 
 class Ema:
-    """Exponential moving average of a network in float32: e <- b e + (1 - b) w, with b warmed up as (1 + n) / (10 + n)."""
+    """Exponential moving average of a network in float32 (of its trained part): e <- b e + (1 - b) w, with b warmed up as (1 + n) / (10 + n)."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.weights = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
+        self.weights = {name: value.detach().float().clone() for name, value in trained_state(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Fold in the weights after one optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        values = module.state_dict()
+        values = trained_state(module)
         torch._foreach_lerp_([self.weights[name] for name in values], [value.float() for value in values.values()], 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Load the average into a network."""
-        module.load_state_dict(self.weights)
+        load_trained_state(module, self.weights)
 
 
 def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_every_s: float = 30.0) -> dict[str, float]:
@@ -154,7 +155,7 @@ def cosine_rate(index: int, *, steps: int, peak: float, warmup: int, final_share
 def _save(recipe: Recipe, position: int, output: Path) -> None:
     state = {
         "position": position,
-        "modules": {name: module.state_dict() for name, module in recipe.modules.items()},
+        "modules": {name: trained_state(module) for name, module in recipe.modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in recipe.optimizers.items()},
         "ema": recipe.ema.weights,
         "ema_updates": recipe.ema.updates,
@@ -173,7 +174,7 @@ def _resume(recipe: Recipe, output: Path) -> int:
         return 0
     state = torch.load(path, weights_only=True)
     for name, module in recipe.modules.items():
-        module.load_state_dict(state["modules"][name])
+        load_trained_state(module, state["modules"][name])
     for name, optimizer in recipe.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]

@@ -58,6 +58,8 @@ class Source:
     vision: Vision
     scheduler: dict[str, Any]
     digest: str
+    weights: dict[str, Any]
+    """Origin and licence of the weights that the checkpoint was trained from; empty where it was trained from scratch."""
 
     @property
     def latent_px(self) -> int:
@@ -135,6 +137,7 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         vision=_read_vision(checkpoint, int(facts["encoder_image_px"])),
         scheduler=scheduler,
         digest=directory_digest(checkpoint),
+        weights=facts.get("weights", {}),
     )
 
 

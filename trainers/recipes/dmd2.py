@@ -3,8 +3,6 @@ The student is trained on its own deployed Euler rollouts; a second network lear
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers import DreamLiteUNetModel
 
@@ -18,6 +16,7 @@ from trainers.flow import (
     predict,
 )
 from trainers.loop import Ema, batch_gradient, cosine_rate, mean_logs, optimizer_step
+from trainers.lora import frozen_copy, has_adapter, trainable, trainable_copy
 from trainers.settings import DMD2Settings
 
 NORMALISER_FLOOR = 1e-6
@@ -29,16 +28,15 @@ class DMD2Recipe:
     def __init__(
         self, teacher: DreamLiteUNetModel, rows: TrainingRows, settings: DMD2Settings, key: tuple[int, ...]
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.fake = copy.deepcopy(self.student)
+        self.student, self.fake = trainable_copy(teacher), trainable_copy(teacher)
+        self.teacher = frozen_copy(teacher) if has_adapter(teacher) else teacher.eval().requires_grad_(False)
         self.rows, self.settings, self.key = rows, settings, key
         self.plan = Plan(rows, {"generate": 0.5, "edit": 0.5}, settings.batch, key)
         self.sigmas = deployed_sigmas(settings.student_steps, rows.side, rows.side)
         self.modules = {"student": self.student, "fake": self.fake}
         self.optimizers = {
-            "student": torch.optim.AdamW(self.student.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
-            "fake": torch.optim.AdamW(self.fake.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
+            "student": torch.optim.AdamW(trainable(self.student), weight_decay=0.0, betas=(0.0, 0.99)),
+            "fake": torch.optim.AdamW(trainable(self.fake), weight_decay=0.0, betas=(0.0, 0.99)),
         }
         self.ema = Ema(self.student, settings.ema_decay)
 
@@ -55,7 +53,7 @@ class DMD2Recipe:
             # d loss / d data = gradient / elements: the surrogate 0.5 |x - sg(x - g)|^2.
             return 0.5 * ((data - (data.detach() - gradient)) ** 2).mean(), {"latent_std": data.detach().std().item(), **logs}
 
-        parameters = list(self.student.parameters())
+        parameters = trainable(self.student)
         logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
         rate = cosine_rate(
             index, steps=settings.steps, peak=settings.learning_rate, warmup=1, final_share=0.1
@@ -92,7 +90,7 @@ class DMD2Recipe:
             velocity = predict(self.fake, interpolate(data, noise, times), times, part.condition, part.text, self.rows.size_px)
             return ((velocity - (noise - data)) ** 2).mean(), {}
 
-        parameters = list(self.fake.parameters())
+        parameters = trainable(self.fake)
         logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
         optimizer_step(self.optimizers["fake"], parameters, settings.clip_norm, settings.fake_learning_rate)
         return mean_logs(logs)["loss"]

@@ -3,8 +3,6 @@ A velocity penalty holds the network near its start; rewards are normalised per 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from torch.nn import functional as F
@@ -13,6 +11,7 @@ from dreamlite_data.rewards import RewardModel, Scorer
 from trainers.data import Batch, Plan, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
+from trainers.lora import frozen_copy, trainable
 from trainers.parallel import map_threads
 from trainers.recipes.second_scorer import HackingWatch
 from trainers.settings import ReFLSettings
@@ -35,7 +34,7 @@ class ReFLRecipe:
     ) -> None:
         self.unet, self.vae, self.rewards, self.rows = unet.train(), vae, rewards, rows
         self.settings, self.key = settings, key
-        self.reference = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.reference = frozen_copy(unet)
         self.plans = {task: Plan(rows, {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
         self.sigmas = deployed_sigmas(settings.rollout_steps, rows.side, rows.side)
         self.exits = [
@@ -49,7 +48,7 @@ class ReFLRecipe:
                 f"no rollout step has a sigma between {settings.sigma_low} and {settings.sigma_high}: the steps are at"
                 f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
             )
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(trainable(unet), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         self.watch = HackingWatch(second_scorers or {}, settings)
         self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
         if self.watch.scorers:
@@ -81,7 +80,7 @@ class ReFLRecipe:
                 "drift": drift.item(),
             }
 
-        parameters = list(self.unet.parameters())
+        parameters = trainable(self.unet)
         logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
         norm = optimizer_step(self.optimizers["unet"], parameters, settings.clip_norm, settings.learning_rate)
         self.ema.update(self.unet)
