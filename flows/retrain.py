@@ -144,7 +144,7 @@ def export_step(config: PipelineConfig) -> Step:
             ctx.inputs[stage].path("checkpoint"),
             settings,
             ctx.directory,
-            calibration=calibration_rows(ctx, settings.calibration_rows),
+            calibration=training_rows(ctx, HELDOUT, 2 * settings.calibration_rows),
             lineage=lineage,
         )
         artifact_id = answer["artifact_id"]
@@ -171,13 +171,13 @@ def export_step(config: PipelineConfig) -> Step:
     )
 
 
-def calibration_rows(ctx: StepContext, count: int) -> list[dict[str, Any]]:
-    """Training rows of both tasks for calibration and parity, twice `count` of each: never held-out ones."""
+def training_rows(ctx: StepContext, names: tuple[str, ...], count: int) -> list[dict[str, Any]]:
+    """`count` training rows of each dataset as {task, text, image (bytes of an edit's source)}: never held-out ones."""
     from dreamlite_data.dataset import open_dataset, read_images
 
     rows: list[dict[str, Any]] = []
-    for name, version in dataset_versions(ctx, HELDOUT).items():
-        train = sorted(open_dataset(ctx.lake, name, version).split("train").to_pylist(), key=lambda row: row["row_id"])[: 2 * count]
+    for name, version in dataset_versions(ctx, names).items():
+        train = sorted(open_dataset(ctx.lake, name, version).split("train").to_pylist(), key=lambda row: row["row_id"])[:count]
         images = read_images(ctx.lake, [row["source_image_id"] for row in train if row["task"] == "edit"])
         rows += [{"task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])} for row in train]
     return rows

@@ -104,16 +104,18 @@ def merge_lora(unet: DreamLiteUNetModel) -> None:
     unet.unload_lora()
 
 
-def save_lora(unet: DreamLiteUNetModel, folder: Path) -> Path:
+def save_lora(unet: DreamLiteUNetModel, folder: Path, weights: dict[str, Any] | None = None) -> Path:
     """Write the adapter to `folder`/pytorch_lora_weights.safetensors, which diffusers loads into the same base network:
-    `pipeline.unet.load_lora_adapter(folder, prefix="unet")`. Returns the file."""
+    `pipeline.unet.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors", prefix="unet")`. `weights` says where
+    the base came from and under which licence, and is kept in the file. Returns the file."""
     from peft.utils import get_peft_model_state_dict
 
-    weights = {f"{PREFIX}.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
+    tensors = {f"{PREFIX}.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
     config = {f"{PREFIX}.{name}": _plain(value) for name, value in unet.peft_config[ADAPTER].to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{ADAPTER_FILE}.partial"
-    save_file(weights, partial, {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)})
+    told = {"base": str(weights["origin"]), "licence": str(weights["licence"])} if weights else {}
+    save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)} | told)
     return partial.rename(folder / ADAPTER_FILE)
 
 

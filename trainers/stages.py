@@ -102,7 +102,7 @@ def train_stage(
     metrics = run(recipe, steps=settings.steps, output=output, label=stage)
     recipe.ema.copy_to(unet)
     if settings.lora is not None:
-        save_lora(unet, output / "adapter")
+        save_lora(unet, output / "adapter", inherited.get("weights"))
         merge_lora(unet)
     distilled = isinstance(settings, DMD2Settings)
     facts = {

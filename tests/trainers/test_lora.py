@@ -61,7 +61,7 @@ def test_the_stock_pipeline_with_the_adapter_draws_what_the_trained_network_draw
             ).images  # fmt: skip
 
         before = theirs()
-        stock.unet.load_lora_adapter(tmp_path / "adapter", prefix="unet")
+        stock.unet.load_lora_adapter(tmp_path / "adapter", weight_name=ADAPTER_FILE, prefix="unet")
         torch.testing.assert_close(theirs(), ours, atol=1e-5, rtol=1e-5)
         assert (ours - plain).abs().max() > 1e-2, "training moved the network"
         stock.unet.disable_adapters()
