@@ -13,6 +13,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from dreamlite_data import scenes
+from dreamlite_data.lake import Lake
 from flows.cli import app
 from flows.config import ConfigError
 from flows.finetune_cli import describe_data, own_size_px
@@ -75,6 +76,11 @@ def test_a_folder_becomes_an_adapter_that_diffusers_loads_and_is_not_made_twice(
     for name, value in stock.unet.state_dict().items():
         torch.testing.assert_close(value, merged[name], atol=1e-6, rtol=1e-5)
     assert any(not torch.equal(value, base[name]) for name, value in merged.items()), "training moved the network"
+    with Lake(output / "lake", read_only=True) as lake:
+        trained = lake.query("SELECT checkpoint_id FROM checkpoints WHERE stage = 'sft'")["checkpoint_id"][0].as_py()
+        came_from = lake.query(f"SELECT kind, id FROM lineage_of('{trained}')").to_pylist()
+    assert {"kind": "weights", "id": str(release)} in came_from
+    assert {"image"} <= {row["kind"] for row in came_from}, "and from the user's images"
     again = finetune(data, release, output)
     assert again.exit_code == 0 and "nothing to do" in again.output, again.output
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dreamlite_data import scenes
+from tests.trainers.export.conftest import calibration_rows
 from trainers.conditioning import SquareImageProcessor
 from trainers.export.bundle import export_bundle
 from trainers.export.parity import TorchReference
@@ -171,3 +172,16 @@ def test_release_licence_is_inherited() -> None:
 def test_unknown_setting_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'sequence_tokens'"):
         ExportSettings(sequence_token=3)
+
+
+@pytest.mark.thorough
+def test_a_bundle_from_released_weights_carries_their_licence(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "derived")
+    path = tmp_path / "derived" / "dreamlite.json"
+    weights = {"origin": "carlofkl/DreamLite-base@0", "licence": "CC-BY-NC-4.0", "derived_from_release": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}))
+    settings = ExportSettings(sequence_tokens=64, calibration_rows=1, parity_rows=1, quantize=False, text_encoder=False)
+    answer = export_bundle(tmp_path / "derived", settings, tmp_path / "out", calibration=calibration_rows(2))
+    licences = json.loads((Path(answer["bundle"]) / "manifest.json").read_text())["licences"]
+    assert (licences["weights"], licences["derived_from_release"], licences["non_commercial"]) == ("CC-BY-NC-4.0", True, True)
+    assert "CC-BY-NC-4.0" in (Path(answer["bundle"]) / "README.md").read_text()
