@@ -114,7 +114,9 @@ def save_lora(unet: DreamLiteUNetModel, folder: Path, weights: dict[str, Any] | 
     config = {f"{PREFIX}.{name}": _plain(value) for name, value in unet.peft_config[ADAPTER].to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{ADAPTER_FILE}.partial"
-    told = {"base": str(weights["origin"]), "licence": str(weights["licence"])} if weights else {}
+    # Of a local base only the folder's name: an adapter is made to be given away.
+    base = weights and (weights["origin"] if not Path(weights["origin"]).is_absolute() else Path(weights["origin"]).name)
+    told = {name: value for name, value in (("base", base), ("licence", weights and weights["licence"])) if value}
     save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)} | told)
     return partial.rename(folder / ADAPTER_FILE)
 

@@ -62,7 +62,7 @@ def test_a_folder_becomes_an_adapter_that_diffusers_loads_and_is_not_made_twice(
     result = finetune(data, release, output)
     assert result.exit_code == 0, result.output
     with safe_open(output / ADAPTER, "pt") as opened:
-        assert opened.metadata()["licence"] == "CC-BY-NC-4.0" and opened.metadata()["base"] == str(release)
+        assert opened.metadata()["licence"] == "CC-BY-NC-4.0" and opened.metadata()["base"] == release.name
     assert Image.open(output / "before_after_generate.png").width > 2 * 300
     checkpoint = next((output / "lake").rglob("sft/*/checkpoint"))
     facts = json.loads((checkpoint / "dreamlite.json").read_text())
