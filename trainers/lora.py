@@ -114,10 +114,13 @@ def save_lora(unet: DreamLiteUNetModel, folder: Path, weights: dict[str, Any] | 
     config = {f"{PREFIX}.{name}": _plain(value) for name, value in unet.peft_config[ADAPTER].to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{ADAPTER_FILE}.partial"
-    # Of a local base only the folder's name: an adapter is made to be given away.
-    base = weights and (weights["origin"] if not Path(weights["origin"]).is_absolute() else Path(weights["origin"]).name)
-    told = {name: value for name, value in (("base", base), ("licence", weights and weights["licence"])) if value}
-    save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)} | told)
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    if weights:
+        origin = Path(weights["origin"])
+        metadata["base"] = origin.name if origin.is_absolute() else str(origin)  # an adapter is given away: no path of this machine
+    if weights and weights["licence"]:
+        metadata["licence"] = weights["licence"]
+    save_file(tensors, partial, metadata)
     return partial.rename(folder / ADAPTER_FILE)
 
 

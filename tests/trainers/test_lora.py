@@ -142,8 +142,9 @@ def test_a_target_that_cannot_be_is_one_sentence(targets, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_file_says_its_rank_and_scale(tmp_path):
-    save_lora(adapted(), tmp_path)
+def test_the_file_says_its_rank_and_scale_and_where_its_base_is_from(tmp_path):
+    save_lora(adapted(), tmp_path, {"origin": "/home/me/base", "licence": "CC-BY-NC-4.0"})
     with safe_open(tmp_path / ADAPTER_FILE, "pt") as opened:
         assert all(name.startswith("unet.") and ".lora_" in name for name in opened.keys())
         assert '"unet.lora_alpha": 8' in opened.metadata()["lora_adapter_metadata"]
+        assert (opened.metadata()["base"], opened.metadata()["licence"]) == ("base", "CC-BY-NC-4.0")
