@@ -110,3 +110,11 @@ def test_a_given_checkpoint_is_where_the_first_stage_and_the_frozen_parts_come_f
     config = load_config("mini", ["start.checkpoint=weights", "train={t2i: null, edit: null, joint: null, sft: null, refl: null, dmd2: {steps: 1}}", "gates=[]"])
     needed = [step.name for step in until_step(retrain_steps(config), "evaluate_dmd2")]
     assert "start" in needed and "dmd2" in needed
+
+
+def test_a_curriculum_of_sizes_ends_at_the_size_of_the_model():
+    paper = load_config("paper")
+    assert [phase.size_px for phase in paper.train.t2i.size_phases] == [256, 512, 1024] and paper.model.aspect_buckets
+    with pytest.raises(ConfigError, match="train.t2i.size_phases ends at 1024 px, but model.size_px is 512"):
+        load_config("paper", ["model.size_px=512"])
+    assert not load_config("mini").train.t2i.size_phases
