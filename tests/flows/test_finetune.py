@@ -57,6 +57,7 @@ def finetune(data, release, output, *options):  # noqa: F811
     return CliRunner().invoke(app, ["finetune", str(data), "--from", str(release), "--output", str(output), *BRIEF, *options])
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_an_adapter_that_diffusers_loads_and_is_not_made_twice(release, tmp_path):
     data, output = images(tmp_path / "data"), tmp_path / "out"
     result = finetune(data, release, output)
@@ -94,6 +95,7 @@ def test_triplets_become_an_adapter_too(release, tmp_path):
     assert facts["hidden_state"] == "post_norm"
 
 
+@pytest.mark.slow
 def test_images_too_small_for_the_checkpoint_are_one_sentence(release, tmp_path):
     result = finetune(images(tmp_path / "data", 2, side_px=32), release, tmp_path / "out")
     assert result.exit_code == 1
