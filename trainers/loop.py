@@ -45,7 +45,7 @@ class Ema:
     """
 
     def __init__(self, module: nn.Module, decay: float, width: float | None = None) -> None:
-        narrow = {str(value.dtype) for value in module.parameters() if value.dtype in (torch.bfloat16, torch.float16)}
+        narrow = {str(value.dtype) for value in module.parameters() if value.requires_grad and value.dtype in (torch.bfloat16, torch.float16)}
         if narrow:
             raise ValueError(f"the weights to train are {', '.join(narrow)}: load them in float32 and set `precision: bfloat16`")
         self.decay, self.updates = decay, 0

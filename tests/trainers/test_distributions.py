@@ -50,7 +50,7 @@ def test_the_supervised_loss_reaches_the_optimum_of_a_gaussian(monkeypatch, mist
     """The least loss on N(0, 1) is pi / 2 = 1.5708 a coordinate (the zero predictor has 2): within 2 % of it, and not with a mistake."""
     if mistake == "time run backwards":
         monkeypatch.setattr(supervised, "interpolate", lambda data, noise, t: flow.interpolate(data, noise, 1 - t))
-    elif mistake:  # the noise is drawn where the data should be and the other way round
+    elif mistake:  # a mirrored x_t with the same target is the same x_t with the target data - noise
         monkeypatch.setattr(supervised, "interpolate", lambda data, noise, t: flow.interpolate(-data, -noise, t))
     torch.manual_seed(0)
     recipe = SupervisedRecipe(PointNet(1), PointRows(ONE_GAUSSIAN, 1.0), PLAIN, (0, 0))
