@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import export_cli, parts_cli, policy_cli, rewards_cli
+from flows import export_cli, finetune_cli, parts_cli, policy_cli, rewards_cli
 from flows.console import DEFAULT_LAKE, LakeFolder, clear_errors, fail, open_lake, print_arrow, print_rows, say, warn
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app.add_typer(export_cli.app)  # verify, export-size
 app.add_typer(policy_cli.app)  # policy, datasets, publish, forget
 app.add_typer(rewards_cli.rewards, name="rewards")
 app.add_typer(parts_cli.app, name="parts")
+app.add_typer(finetune_cli.app)
 
 Preset = Annotated[
     str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), paper (0.39 B), or a .yaml file.")
@@ -51,9 +52,13 @@ Seed = Annotated[int, typer.Option(help="Seed of the initial noise; the same see
 
 
 @app.command()
-def retrain(preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None, engine: Engine = None) -> None:
+def retrain(
+    preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None, engine: Engine = None,
+    from_: Annotated[str | None, typer.Option("--from", help="Start from a checkpoint: a folder in diffusers layout, or a hub id org/name@revision. The same as --set start.checkpoint=...")] = None,
+) -> None:  # fmt: skip
     """Run the whole pipeline: data, six training stages, export, report. Does only what is not done yet."""
-    run = _execute("retrain", preset, lake, set_, until, engine)
+    start = [f"start.checkpoint={json.dumps(from_)}"] if from_ else []
+    run = _execute("retrain", preset, lake, [*(set_ or []), *start], until, engine)
     if "export" in run.records:
         say(f"artifact: {run.records['export'].path('bundle')}")
     if "report" in run.records:

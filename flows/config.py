@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dreamlite_data.settings import RefreshSettings
 from flows.gates import Gate
 from trainers.execution import TrainExecution
-from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, TrainSettings
+from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, StartSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
@@ -47,6 +47,7 @@ class PipelineConfig(BaseModel):
     refresh: RefreshSettings = Field(default_factory=RefreshSettings)
     components: ComponentsSettings = Field(default_factory=ComponentsSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
+    start: StartSettings | None = Field(None, description="a checkpoint to start the first stage from; null: from scratch")
     train: TrainSettings
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
@@ -64,6 +65,24 @@ class PipelineConfig(BaseModel):
                 raise ValueError(f"gates: '{gate.compared_to}' must come before '{gate.after}'")
         return self
 
+
+    @model_validator(mode="after")
+    def _stages_have_a_start(self) -> PipelineConfig:
+        if not self.stages:
+            raise ValueError("train: every stage is null; leave at least one to train")
+        first = self.stages[0]
+        if first in ("refl", "dmd2") and self.start is None:
+            raise ValueError(f"train.{first} improves a trained model, but no stage before it is trained: name one in start.checkpoint")
+        left_out = [f"evaluate_{stage}" for stage in STAGES if stage not in self.stages]
+        for gate in self.gates:
+            if gate.compared_to in left_out and gate.after not in left_out:
+                raise ValueError(f"gates: '{gate.after}' is compared with '{gate.compared_to}', whose stage is null; compare with another")
+        return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are trained, in order."""
+        return tuple(stage for stage in STAGES if getattr(self.train, stage) is not None)
 
     @model_validator(mode="after")
     def _judged_on_a_split_that_is_there(self) -> PipelineConfig:

@@ -59,7 +59,11 @@ def build_steps(flow: str, config: PipelineConfig) -> list[Step]:
         from flows.retrain import retrain_steps
 
         return retrain_steps(config)
-    raise ValueError(f"no flow '{flow}': there are refresh and retrain")
+    if flow == "finetune":
+        from flows.finetune import finetune_steps
+
+        return finetune_steps(config)
+    raise ValueError(f"no flow '{flow}': there are refresh, retrain and finetune")
 
 
 def with_decisions(steps: Sequence[Step], lake: Lake) -> list[Step]:

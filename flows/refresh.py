@@ -14,6 +14,7 @@ from dreamlite_data.model_settings import ChatSettings
 from dreamlite_data.settings import ExtraSource, RefreshSettings
 from flows.config import PipelineConfig
 from flows.key import digest, spec_of
+from flows.start import START, join_parts, start_step
 from flows.step import Edge, Step, StepContext, StepResult, step_id
 
 MEASURES = {
@@ -46,6 +47,7 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
     downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}
     return [
+        *([start_step(config.start)] if config.start is not None else []),
         components_step(config),
         Step(
             "sources",
@@ -224,9 +226,11 @@ def components_step(config: PipelineConfig) -> Step:
     given = Path(trainers.__file__).parent / "components" / "small_world" if settings.source == "packaged" else Path(settings.source)
 
     def run(ctx: StepContext) -> StepResult:
-        from trainers.components.build import build_components
+        from trainers.components.build import FOLDERS, build_components
 
-        folder = Path(build_components(settings, ctx.directory))
+        folder = Path(build_components(settings, ctx.directory, ("rewards/generate", "rewards/edit") if config.start else FOLDERS))
+        if config.start is not None:
+            folder = join_parts(ctx.inputs[START].path("checkpoint"), folder, ctx.directory / "joined")
         outputs: dict[str, Any] = {"components": folder} if folder.is_relative_to(ctx.directory) else {"components_path": str(folder)}
         digests = {part.name: folder_digest(part) for part in sorted(folder.iterdir()) if part.is_dir()}
         # Two consumers, two items: retraining a reward must re-score, but must not re-train the VAE's readers.
@@ -242,6 +246,7 @@ def components_step(config: PipelineConfig) -> Step:
         # Parts that are only copied are known by their content; neither the code nor the settings that once trained them matter.
         ("trainers.components.build",) if trained else (),
         spec=spec_of(settings) if trained else {"source": settings.source},
+        inputs=(f"{START}:parts",) if config.start is not None else (),
         external=None if trained else lambda: {"source": folder_digest(given)},
         about="Provide the frozen VAE, text encoder and reward models.",
     )

@@ -1,4 +1,4 @@
-"""The whole DAG: refresh, six training stages each with its evaluation, export, and the report.
+"""The whole DAG: refresh, the training stages each with its evaluation, export, and the report.
 Which stage reads which checkpoint and which datasets is written here once; gates and skipping are `flows.run`'s."""
 
 from __future__ import annotations
@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.config import STAGES, PipelineConfig
+from flows.config import PipelineConfig
 from flows.key import spec_of
 from flows.refresh import components_folder, dataset_versions, folder_digest, refresh_steps
+from flows.start import START
 from flows.step import Edge, Step, StepContext, StepResult, step_id
 
 RECIPES = {"t2i": "supervised", "edit": "supervised", "joint": "supervised", "sft": "supervised", "refl": "refl", "dmd2": "dmd2"}
 """Module in trainers.recipes behind each stage: a change in dmd2.py must not retrain t2i."""
+
+DISTILLED = "dmd2"
+"""The stage whose few-step student is exported."""
 
 HELDOUT = ("t2i", "edit")
 """Datasets whose held-out split every stage is judged on."""
@@ -26,13 +30,17 @@ DISPATCH = ("trainers.stages",)
 
 
 def retrain_steps(config: PipelineConfig) -> list[Step]:
-    """refresh, then S and evaluate_S for every stage S, then export, evaluate_export, report."""
+    """refresh, then S and evaluate_S for every stage S that is trained, then export, evaluate_export, report.
+
+    Each stage starts from the last one before it; without dmd2 there is no student to export.
+    """
     steps = refresh_steps(config)
-    parent = None
-    for stage in STAGES:
-        steps += [train_step(config, stage, parent), evaluate_step(config, stage, parent if stage == "dmd2" else None)]
+    parent = START if config.start is not None else None
+    for stage in config.stages:
+        steps += [train_step(config, stage, parent), evaluate_step(config, stage, parent if stage == DISTILLED else None)]
         parent = stage
-    steps += [export_step(config), evaluate_export_step(config)]
+    if DISTILLED in config.stages:
+        steps += [export_step(config), evaluate_export_step(config)]
     return [*steps, report_step(steps)]
 
 
@@ -51,7 +59,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
             output=ctx.directory, seed=ctx.seed, threads=config.exec.threads, execution=config.exec.train,
         )  # fmt: skip
         metrics = train(request, ctx.lake)
-        checkpoint, own_id = ctx.directory / "checkpoint", step_id(stage, ctx.key)
+        checkpoint, adapter, own_id = ctx.directory / "checkpoint", ctx.directory / "adapter", step_id(stage, ctx.key)
         weights = folder_digest(checkpoint)
         parent_id = ctx.inputs[parent].id if parent else None
         edges = [Edge("checkpoint", own_id, "dataset", f"{name}@{version}", "trained_on") for name, version in versions.items()]
@@ -60,7 +68,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
         if parent_id:
             edges.append(Edge("checkpoint", own_id, "checkpoint", parent_id, "started_from"))
         return StepResult(
-            outputs={"checkpoint": checkpoint, "checkpoint_id": own_id},
+            outputs={"checkpoint": checkpoint, "checkpoint_id": own_id} | ({"adapter": adapter} if settings.lora else {}),
             metrics={name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))},
             digests={"checkpoint": weights},
             lineage=edges,
@@ -83,12 +91,17 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
 
     return Step(
         stage, run, (f"trainers.recipes.{RECIPES[stage]}", *LOOP, *(["dreamlite_data.rewards"] if rewarded else [])), alone=DISPATCH,
-        spec={"recipe": spec_of(settings), "model": spec_of(config.model)}, seed=config.seed,
+        spec={"recipe": spec_of(settings), "model": model_spec(config)}, seed=config.seed,
         external=(lambda: {task: folder_digest(scorer.model) for task, scorer in settings.second_scorers.items()}) if rewarded else None,
         inputs=("components:model", *(["components:rewards"] if rewarded else []), *([f"{parent}:checkpoint"] if parent else []),
                 *(f"curate:{name}" for name in settings.datasets)),
         about=f"Train stage '{stage}'" + (f" from the checkpoint of '{parent}'." if parent else " from scratch."),
     )  # fmt: skip
+
+
+def model_spec(config: PipelineConfig) -> dict[str, Any]:
+    """What decides the network, for a key: with a checkpoint to start from only what is said beside it, for the rest is the checkpoint's."""
+    return spec_of(config.model) if config.start is None else spec_of(config.model.model_dump(include=config.model.model_fields_set))
 
 
 def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None) -> Step:
@@ -121,7 +134,7 @@ def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None
 
 def export_step(config: PipelineConfig) -> Step:
     """Turn the distilled checkpoint into the on-device bundle."""
-    stage, settings = STAGES[-1], config.export
+    stage, settings = DISTILLED, config.export
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.export.bundle import export_bundle
@@ -130,13 +143,13 @@ def export_step(config: PipelineConfig) -> Step:
             "checkpoint": ctx.inputs[stage].id,
             "step": step_id("export", ctx.key),
             "datasets": {name: f"{name}@{version}" for name, version in dataset_versions(ctx, HELDOUT).items()},
-            "calibration_sql": " ".join(CALIBRATION_SQL.split()),
+            "calibration_sql": " ".join(TRAINING_SQL.split()),
         }
         answer = export_bundle(
             ctx.inputs[stage].path("checkpoint"),
             settings,
             ctx.directory,
-            calibration=calibration_rows(ctx, settings.calibration_rows),
+            calibration=training_rows(ctx, HELDOUT, 2 * settings.calibration_rows),
             lineage=lineage,
         )
         artifact_id = answer["artifact_id"]
@@ -169,7 +182,7 @@ def export_step(config: PipelineConfig) -> Step:
     )
 
 
-CALIBRATION_SQL = """
+TRAINING_SQL = """
 SELECT row_id, task, text, source_image_id
 FROM (
     SELECT *, row_number() OVER (PARTITION BY task, coalesce(edit_type, '') ORDER BY md5(row_id || $seed)) AS turn
@@ -180,14 +193,14 @@ ORDER BY turn, md5(row_id || $seed) LIMIT $rows
 """Every kind of edit in turn, rows of a kind in an order that the seed draws; the same rows on every machine."""
 
 
-def calibration_rows(ctx: StepContext, count: int) -> list[dict[str, Any]]:
-    """Training rows of both tasks for calibration and parity, twice `count` of each, drawn by SQL: never held-out ones."""
+def training_rows(ctx: StepContext, names: tuple[str, ...], count: int) -> list[dict[str, Any]]:
+    """`count` training rows of each dataset as {id, task, text, image (bytes of an edit's source)}, by SQL: never held-out ones."""
     from dreamlite_data.dataset import read_images
 
     rows: list[dict[str, Any]] = []
-    for name, version in dataset_versions(ctx, HELDOUT).items():
-        wanted = {"name": name, "version": version, "seed": str(ctx.seed), "rows": 2 * count}
-        drawn = ctx.lake.query(CALIBRATION_SQL, wanted).to_pylist()
+    for name, version in dataset_versions(ctx, names).items():
+        wanted = {"name": name, "version": version, "seed": str(ctx.seed), "rows": count}
+        drawn = ctx.lake.query(TRAINING_SQL, wanted).to_pylist()
         images = read_images(ctx.lake, [row["source_image_id"] for row in drawn])
         rows += [
             {"id": f"{name}@{version}/{row['row_id']}", "task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from trainers.processor import SquareImageProcessor
 
@@ -155,6 +155,12 @@ def hidden_states(
 def encoder_image(image: Image.Image) -> Image.Image:
     """The source as the encoder sees it: squeezed to the stock pipelines' square with Lanczos."""
     return image.convert("RGB").resize((ENCODER_INPUT_PX, ENCODER_INPUT_PX), Image.Resampling.LANCZOS)
+
+
+def encoder_grid_px(images: Qwen2VLImageProcessorPil) -> int:
+    """Side (px) of the square that the stock pipelines' source square becomes before it is cut into patches."""
+    factor = images.patch_size * images.merge_size
+    return smart_resize(ENCODER_INPUT_PX, ENCODER_INPUT_PX, factor, images.size["shortest_edge"], images.size["longest_edge"])[0]
 
 
 def check_drop_lengths(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -23,6 +23,7 @@ from torch import nn
 from dreamlite_data.progress import Progress
 from trainers.data import Batch
 from trainers.distributed import as_the_first_says, copy_from_first, gathered, own_share, sum_over_processes, wait_for_all, world
+from trainers.lora import load_trained_state, trained_state
 from trainers.nonfinite import NonFiniteError, require_finite, stop
 from trainers.parallel import map_threads
 from trainers.throughput import Throughput
@@ -45,7 +46,7 @@ class Recipe(Protocol):
 
 
 class Ema:
-    """Moving average of a network in float32: e <- b e + (1 - b) w.
+    """Moving average of a network, or of the part of it that trains, in float32: e <- b e + (1 - b) w.
 
     b is `decay`, warmed up as (1 + n) / (10 + n); or, with the relative `width` of a power law, (1 - 1 / n)^(g + 1) (EDM2,
     arXiv 2312.02696, section 3.1). Raises ValueError for weights of less than float32: at small learning rates they stand still.
@@ -57,7 +58,7 @@ class Ema:
             raise ValueError(f"the weights to train are {', '.join(narrow)}: load them in float32 and set `precision: bfloat16`")
         self.decay, self.updates = decay, 0
         self.exponent = None if width is None else power_exponent(width) + 1
-        self.weights = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
+        self.weights = {name: value.detach().float().clone() for name, value in trained_state(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -66,12 +67,12 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         if self.exponent is not None:
             decay = (1 - 1 / self.updates) ** self.exponent
-        values = module.state_dict()
+        values = trained_state(module)
         torch._foreach_lerp_([self.weights[name] for name in values], [value.float() for value in values.values()], 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Load the average into a network."""
-        module.load_state_dict(self.weights)
+        load_trained_state(module, self.weights)
 
 
 def power_exponent(width: float) -> float:
@@ -260,7 +261,7 @@ def _save(recipe: Recipe, position: int, window: Mapping[str, Sequence[float]], 
         return
     state = {
         "position": position,
-        "modules": {name: module.state_dict() for name, module in recipe.modules.items()},
+        "modules": {name: trained_state(module) for name, module in recipe.modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in recipe.optimizers.items()},
         "ema": recipe.ema.weights,
         "ema_updates": recipe.ema.updates,
@@ -285,7 +286,7 @@ def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deq
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
     try:
         for name, module in recipe.modules.items():
-            module.load_state_dict(state["modules"][name])
+            load_trained_state(module, state["modules"][name])
         for name, optimizer in recipe.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:

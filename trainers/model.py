@@ -88,14 +88,14 @@ def build_unet(settings: ModelSettings, text_width: int, side: int, seed: int = 
 def load_unet(checkpoint: Path) -> DreamLiteUNetModel:
     """The UNet of a checkpoint folder, float32. Raises ValueError where its files are damaged or do not fit each other."""
     try:
-        return DreamLiteUNetModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32)
+        return DreamLiteUNetModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{checkpoint / 'unet'} cannot be read ({str(error).splitlines()[0]}): train that stage again or name another") from None
 
 
 def load_vae(folder: Path) -> AutoencoderTiny:
     """The frozen VAE of a components or checkpoint folder, float32."""
-    vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
     return vae.eval().requires_grad_(False)
 
 
@@ -125,6 +125,13 @@ def save_checkpoint(
     unet.save_pretrained(staging / "unet")
     for part in PARTS:
         shutil.copytree(components / part, staging / part)
+    write_facts(staging, facts, distilled)
+    shutil.rmtree(output, ignore_errors=True)
+    staging.rename(output)
+
+
+def write_facts(folder: Path, facts: dict[str, Any], distilled: bool) -> None:
+    """What a checkpoint folder says of its parts: model_index.json to the stock pipelines, dreamlite.json to us."""
     index = {
         "_class_name": "DreamLiteMobilePipeline" if distilled else "DreamLitePipeline",
         "_diffusers_version": "0.42.1",
@@ -135,7 +142,5 @@ def save_checkpoint(
         "unet": ["diffusers", "DreamLiteUNetModel"],
         "vae": ["diffusers", "AutoencoderTiny"],
     }
-    (staging / "model_index.json").write_text(json.dumps(index, indent=2))
-    (staging / FACTS_FILE).write_text(json.dumps(facts | {"scheduler": SCHEDULER_CONFIG}, indent=2, sort_keys=True))
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    (folder / FACTS_FILE).write_text(json.dumps(facts | {"scheduler": SCHEDULER_CONFIG}, indent=2, sort_keys=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from trainers.lora import trainable
 from trainers.parallel import map_threads
 from trainers.settings import OptimizerName
 
@@ -28,7 +29,7 @@ def make_optimizer(name: OptimizerName, module: nn.Module, *, learning_rate: flo
     betas = (0.9, 0.98)
     if name == "muon":
         return Muon(module, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
-    return torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=betas)
+    return torch.optim.AdamW(trainable(module), lr=learning_rate, weight_decay=weight_decay, betas=betas)
 
 
 def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -36,7 +37,7 @@ def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return [
         parameter
-        for parameter in module.parameters()
+        for parameter in trainable(module)
         if parameter.ndim >= 2 and min(parameter.shape[:2]) >= SMALLEST_SIDE and id(parameter) not in embeddings
     ]
 
@@ -56,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         matrices = {id(parameter): parameter for module in modules for parameter in hidden_matrices(module)}
-        everything = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+        everything = {id(parameter): parameter for module in modules for parameter in trainable(module)}
         others = [parameter for key, parameter in everything.items() if key not in matrices]
         groups = [{"params": list(matrices.values()), "matrices": True}, {"params": others, "matrices": False}]
         defaults = {"lr": learning_rate, "momentum": momentum, "betas": betas, "weight_decay": weight_decay}

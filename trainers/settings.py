@@ -16,8 +16,10 @@ __all__ = [
     "DMD2Settings",
     "EvaluateSettings",
     "ExportSettings",
+    "LoraSettings",
     "ModelSettings",
     "ReFLSettings",
+    "StartSettings",
     "SupervisedSettings",
     "TrainSettings",
 ]
@@ -66,6 +68,29 @@ class SizePhase(StrictSettings):
     micro_batch: int | None = Field(None, gt=0, description="null: that of the stage; small panels leave room for more rows")
 
 
+class LoraSettings(StrictSettings):
+    """A low-rank adapter that a stage trains instead of the whole network. There is no drop-out inside it: every draw of a
+    training is keyed by its sample, so that a resumed run repeats it, and a mask drawn inside the layers would not be."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float | None = Field(None, gt=0, description="the product of both factors is multiplied with alpha / rank; null: with 1")
+    target_modules: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="last parts of the names of the layers that get an adapter"
+    )
+
+
+class StartSettings(StrictSettings):
+    """A checkpoint that this run did not train, to start the first stage from: a folder in diffusers layout, or a hub id
+    `org/name@revision`. Its text encoder, VAE and scheduler come with it; its weights are read as safetensors only."""
+
+    checkpoint: str = Field(min_length=1)
+    hidden_state: Literal["pre_norm", "post_norm"] | None = Field(
+        None, description="what its UNet was trained on; null: what it says itself, else pre_norm, as the released weights"
+    )
+    size_px: int | None = Field(None, gt=0, multiple_of=8, description="side to train at; null: the checkpoint's own")
+    licence: str | None = Field(None, description="of its weights, where its model card names none; null: that of the release")
+
+
 class SupervisedSettings(StrictSettings):
     """One supervised stage: t2i, edit, joint or sft."""
 
@@ -93,6 +118,7 @@ class SupervisedSettings(StrictSettings):
     drop_both_edit: float = Field(0.05, ge=0, lt=1, description="share of edit rows that lose instruction and source")
     foreground_weight: bool = Field(True, description="weight log2(total / edited area) + 1 on the edited latents")
     foreground_weight_cap: float = Field(5.0, ge=1)
+    lora: LoraSettings | None = Field(None, description="train an adapter of these settings; null: the whole network")
     precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
     size_phases: tuple[SizePhase, ...] = Field((), description="sizes in their order, the model's size_px last; none: that alone")
 
@@ -156,6 +182,7 @@ class ReFLSettings(StrictSettings):
     )
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
+    lora: LoraSettings | None = Field(None, description="train an adapter; the start model is then the same network without it")
     precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
 
     @property
@@ -190,6 +217,7 @@ class DMD2Settings(StrictSettings):
     image_guidance_scale: float = 1.0
     score_time_low: float = Field(0.02, ge=0)
     score_time_high: float = Field(0.98, le=1)
+    lora: LoraSettings | None = Field(None, description="student and fake score are each an adapter on the teacher")
     score_time_shift: float = Field(1.0, gt=0, description="static shift of the score times before they are clamped to both bounds")
     gan_weight: float = Field(0.0, ge=0, description="weight of the student's adversarial loss, 5e-3 in the paper; 0: no discriminator")
     gan_fake_weight: float = Field(1e-2, gt=0, description="weight of the discriminator's loss beside that of the fake score")
@@ -208,14 +236,14 @@ class DMD2Settings(StrictSettings):
 
 
 class TrainSettings(StrictSettings):
-    """The six recipes in their order."""
+    """The six recipes in their order. A stage that is null is left out: the next one starts from the last that was trained."""
 
-    t2i: SupervisedSettings
-    edit: SupervisedSettings
-    joint: SupervisedSettings
-    sft: SupervisedSettings
-    refl: ReFLSettings
-    dmd2: DMD2Settings
+    t2i: SupervisedSettings | None
+    edit: SupervisedSettings | None
+    joint: SupervisedSettings | None
+    sft: SupervisedSettings | None
+    refl: ReFLSettings | None
+    dmd2: DMD2Settings | None
 
 
 class EvaluateSettings(StrictSettings):

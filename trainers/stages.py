@@ -4,7 +4,6 @@ Each function reads folders and dataset versions and writes one folder; nothing 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.rewards import load_reward, load_scorer
 from trainers.components.build import build_components
 from trainers.compute import flops_per_sample, peak_flops
-from trainers.conditioning import PromptEncoder
+from trainers.conditioning import PromptEncoder, encoder_grid_px
 from trainers.data import TrainingRows
 from trainers.distributed import first_process_first, wait_for_all, world
 from trainers.evaluate import evaluate_images, velocity_loss
 from trainers.execution import TrainExecution
 from trainers.inference import Sampler
 from trainers.loop import run
+from trainers.lora import add_lora, merge_lora, save_lora
 from trainers.model import build_unet, latent_scale, load_facts, load_unet, load_vae, save_checkpoint
 from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
@@ -39,10 +39,10 @@ from trainers.settings import (
 __all__ = [
     "STAGES",
     "build_components",
-    "check_hidden_state",
     "edit_images",
     "encoders_digest",
     "evaluate_checkpoint",
+    "follow_checkpoint",
     "generate_images",
     "train_stage",
 ]
@@ -67,21 +67,26 @@ def train_stage(
     on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Train one stage into output/checkpoint, resuming from output/ where an earlier try was killed.
+    Of a stage that trains an adapter, output/adapter holds it, and the checkpoint the network with it merged in.
 
     Where several processes have been joined (`trainers.launch`), each calls this; the first one writes.
 
     `datasets` maps each name that the settings list to its version. Returns the last metrics. Raises ValueError where
-    the parent was trained with another hidden-state setting, a dataset lacks columns, or a stage but t2i has no parent.
+    the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent.
     """
-    if parent is None and stage != STAGES[0]:
-        raise ValueError(f"stage {stage!r} starts from a checkpoint: train the stage before it or name one")
+    if parent is None and not isinstance(settings, SupervisedSettings):
+        raise ValueError(f"stage {stage!r} starts from a checkpoint: train a stage before it or name one in start.checkpoint")
+    inherited = {} if parent is None else load_facts(parent)
+    if parent is not None:
+        model = follow_checkpoint(parent, model)
     encoder = PromptEncoder.load(components, model.hidden_state)
     vae = load_vae(components)
     if parent is None:
         unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae.config), seed)
     else:
-        check_hidden_state(parent, model)
         unet = load_unet(parent)
+    if settings.lora is not None:
+        add_lora(unet, settings.lora, seed)
 
     def rows_of(size_px: int, logical_size_px: int | None = None) -> TrainingRows:
         return TrainingRows(
@@ -131,17 +136,22 @@ def train_stage(
     if not world().first:
         wait_for_all()
         return metrics
-    recipe.ema.copy_to(unet.requires_grad_(True))
+    recipe.ema.copy_to(unet)
+    if settings.lora is not None:
+        save_lora(unet, output / "adapter", inherited.get("weights"))
+        merge_lora(unet)
     distilled = isinstance(settings, DMD2Settings)
     facts = {
         "stage": stage,
         "hidden_state": model.hidden_state,
         "size_px": model.size_px,
-        "encoder_image_px": math.isqrt(encoder.processor.image_processor.size["shortest_edge"]),
+        "encoder_image_px": encoder_grid_px(encoder.processor.image_processor),
         "distilled_steps": settings.student_steps if distilled else None,
         "drop_generate": encoder.drop["generate"],
         "drop_edit": encoder.drop["edit"],
     }
+    if "weights" in inherited:  # where the first of them came from, and under which licence
+        facts["weights"] = inherited["weights"]
     save_checkpoint(unet, components, output / "checkpoint", facts=facts, distilled=distilled)
     wait_for_all()
     return metrics
@@ -214,15 +224,19 @@ def edit_images(
     return [Image.fromarray(image) for image in np.asarray(edited)]
 
 
-def check_hidden_state(checkpoint: Path, model: ModelSettings) -> None:
-    """Refuse a parent that was trained on the other hidden states: it would train on without any other sign."""
+def follow_checkpoint(checkpoint: Path, model: ModelSettings) -> ModelSettings:
+    """The settings with the hidden states and the size of the checkpoint, where they do not name them themselves.
+
+    Raises ValueError where they name others: on other hidden states it would train on without any other sign.
+    """
     found: dict[str, Any] = load_facts(checkpoint)
     for name in ("hidden_state", "size_px"):
-        if found[name] != getattr(model, name):
+        if name in model.model_fields_set and found[name] != getattr(model, name):
             raise ValueError(
                 f"{checkpoint} was trained with {name} = {found[name]}, but model.{name} is {getattr(model, name)}:"
                 " use the checkpoint's value"
             )
+    return model.model_copy(update={name: found[name] for name in ("hidden_state", "size_px")})
 
 
 def encoders_digest(folder: Path) -> str:

@@ -32,13 +32,13 @@ class HubModel:
         return f"{self.repository}@{self.revision}"
 
 
-def parse_model(text: str) -> Path | HubModel:
-    """`text` as the local directory that it names, or else as `org/name@revision`. Raises RewardCheckpointError."""
+def parse_model(text: str, what: str = "a reward checkpoint") -> Path | HubModel:
+    """`text` as the local directory that it names, or else as `org/name@revision`. Raises RewardCheckpointError, which says `what` is sought."""
     if Path(text).is_dir():
         return Path(text)
     name, at, revision = text.partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):
-        raise RewardCheckpointError(f"there is no directory {text}; give one that holds a reward checkpoint, or a hub id org/name@revision")
+        raise RewardCheckpointError(f"there is no directory {text}; give one that holds {what}, or a hub id org/name@revision")
     if not at or not revision:
         raise RewardCheckpointError(
             f"there is no directory {text}; if it is a hub id, say at which revision, as {name}@COMMIT, for the weights under a name can change"
@@ -55,7 +55,7 @@ def checkpoint_directory(model: str, base: str | None = None) -> Path:
     found = parse_model(model)
     if isinstance(found, Path):
         return found
-    return _with_base(found, _fetch(found, (*WEIGHTS, *BASE_FILES, *OWN_FILES)), base)
+    return _with_base(found, fetch(found, (*WEIGHTS, *BASE_FILES, *OWN_FILES)), base)
 
 
 def checkpoint_headers(model: str, base: str | None = None) -> tuple[Path, dict[str, StoredTensor]]:
@@ -64,17 +64,18 @@ def checkpoint_headers(model: str, base: str | None = None) -> tuple[Path, dict[
     found = parse_model(model)
     if isinstance(found, Path):
         return found, read_headers(weight_files(found))
-    folder = _fetch(found, (*BASE_FILES, *OWN_FILES))
+    folder = fetch(found, (*BASE_FILES, *OWN_FILES))
     return _with_base(found, folder, base), _remote_headers(found, folder.name)
 
 
-def _fetch(model: HubModel, patterns: tuple[str, ...]) -> Path:
+def fetch(model: HubModel, patterns: tuple[str, ...], ignore: tuple[str, ...] = ("*/*",)) -> Path:
+    """The directory of a hub model with the files that fit a pattern; without `ignore`, those at its top. Raises RewardCheckpointError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(model.repository, revision=model.revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+            snapshot_download(model.repository, revision=model.revision, allow_patterns=list(patterns), ignore_patterns=list(ignore))
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _unreachable(model, error) from error
@@ -99,7 +100,7 @@ def _with_base(model: HubModel, folder: Path, base: str | None) -> Path:
     from huggingface_hub import constants
 
     given = parse_model(base)
-    lent = given if isinstance(given, Path) else _fetch(given, BASE_FILES)
+    lent = given if isinstance(given, Path) else fetch(given, BASE_FILES)
     name = lent.name if isinstance(given, HubModel) else f"local-{hashlib.sha256(str(lent.resolve()).encode()).hexdigest()}"
     joined = Path(constants.HF_HOME) / "dreamlite" / f"{model.repository.replace('/', '--')}@{folder.name[:12]}+{name[:18]}"
     joined.mkdir(parents=True, exist_ok=True)

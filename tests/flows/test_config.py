@@ -3,9 +3,11 @@
 import pytest
 
 from flows.config import ConfigError, PipelineConfig, load_config, presets, setting_names
+from flows.engine import until_step
+from flows.retrain import retrain_steps
 
 
-@pytest.mark.parametrize("name", ["smoke", "mini", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "mini", "paper", "finetune"])
 def test_every_shipped_preset_is_valid_and_named(name):
     assert name in presets()
     assert load_config(name).preset == name
@@ -40,6 +42,10 @@ def test_overrides_take_yaml_values_at_any_depth_and_in_lists():
         ("gates=[{after: evaluate_t2i, metric: a/b, compared_to: evaluate_sft, max_drop: 1}]", "'evaluate_sft' must come before"),
         ("gates=[{after: evaluate_t2i, metric: a/b}]", "a gate needs 'min'"),
         ("train.t2i.tasks.generate=0.5", "must sum to 1"),
+        ("train={t2i: null, edit: null, joint: null, sft: null, refl: null, dmd2: null}", "every stage is null"),
+        ("train={t2i: null, edit: null, joint: null, sft: null, refl: {steps: 1}, dmd2: null}", "name one in start.checkpoint"),
+        ("train.sft=null", "gates: 'evaluate_refl' is compared with 'evaluate_sft', whose stage is null"),
+        ("train.t2i.lora.rnk=4", "did you mean 'train.t2i.lora.rank'?"),
     ],
 )
 def test_a_wrong_override_is_one_sentence_saying_where(override, sentence):
@@ -81,6 +87,29 @@ def test_stages_are_judged_on_a_split_that_the_datasets_have(splits, chosen, jud
     for wrong in ("train", "heldout" if splits != "{}" else "test"):
         with pytest.raises(ConfigError, match=f"evaluate.split is '{wrong}': judge on a split of refresh.policy.splits beside train"):
             load_config("mini", [f"refresh.policy.splits={splits}", f"evaluate.split={wrong}"])
+
+
+def planned(*overrides):
+    """{step: the steps it reads} of a planned retrain."""
+    return {step.name: step.parents for step in retrain_steps(load_config("mini", overrides))}
+
+
+def test_a_stage_that_is_left_out_is_stepped_over():
+    whole, direct = planned(), planned("train.edit=null")
+    assert "edit" in whole["joint"] and "t2i" in whole["edit"]
+    assert set(whole) - set(direct) == {"edit", "evaluate_edit"}
+    assert "t2i" in direct["joint"], "joint starts from t2i: the ablation of the paper"
+    short = planned("train.refl=null", "train.dmd2=null", "gates=[]")
+    assert not {"refl", "dmd2", "export", "evaluate_export"} & set(short), "without a student there is nothing to export"
+
+
+def test_a_given_checkpoint_is_where_the_first_stage_and_the_frozen_parts_come_from():
+    steps = planned("start.checkpoint=weights", "train.t2i=null")
+    assert steps["start"] == [] and "start" in steps["edit"] and steps["components"] == ["start"]
+    assert "start" not in planned()
+    config = load_config("mini", ["start.checkpoint=weights", "train={t2i: null, edit: null, joint: null, sft: null, refl: null, dmd2: {steps: 1}}", "gates=[]"])
+    needed = [step.name for step in until_step(retrain_steps(config), "evaluate_dmd2")]
+    assert "start" in needed and "dmd2" in needed
 
 
 def test_a_curriculum_of_sizes_ends_at_the_size_of_the_model():

@@ -30,14 +30,14 @@ def context(lake: Lake) -> SimpleNamespace:
 
 def test_calibration_rows_are_training_rows_of_every_kind(context, monkeypatch) -> None:
     monkeypatch.setattr("dreamlite_data.dataset.read_images", lambda lake, ids: {name: b"" for name in ids if name})
-    drawn = retrain.calibration_rows(context, 6)
+    drawn = retrain.training_rows(context, retrain.HELDOUT, 12)
     assert [row["task"] for row in drawn] == ["generate"] * 12 + ["edit"] * 12
     assert not [row["id"] for row in drawn if row["id"].endswith("0")]
     assert all((row["image"] is not None) == (row["task"] == "edit") for row in drawn)
     kinds = [int(row["id"][-2:]) for row in drawn if row["task"] == "edit"]
     assert sum(index < 40 for index in kinds) == 4  # a third, where two thirds of the rows are of that kind
-    assert drawn == retrain.calibration_rows(context, 6)
-    other = retrain.calibration_rows(SimpleNamespace(**vars(context) | {"seed": 1}), 6)
+    assert drawn == retrain.training_rows(context, retrain.HELDOUT, 12)
+    other = retrain.training_rows(SimpleNamespace(**vars(context) | {"seed": 1}), retrain.HELDOUT, 12)
     assert {row["id"] for row in other} != {row["id"] for row in drawn}
 
 

@@ -44,21 +44,21 @@ MEASURED_SEED = 1_000
 Log = Callable[[int, dict[str, float]], None]
 
 
-def build_components(settings: ComponentsSettings, output: Path) -> Path:
-    """Return a folder with vae/, text_encoder/, tokenizer/, processor/, scheduler/ and rewards/{generate,edit}/.
+def build_components(settings: ComponentsSettings, output: Path, folders: Sequence[str] = FOLDERS) -> Path:
+    """Return a folder with (at least) `folders`: all of vae/, text_encoder/, tokenizer/, processor/, scheduler/, rewards/{generate,edit}/.
 
     Raises ValueError where a folder of the user's lacks a part, naming all that are missing.
     """
     if settings.source == "train":
-        needed = [name for name in PARTS if name in FOLDERS]
-        return _unpacked(build_parts(output / "trained", settings, needed), output / "components")
+        needed = [name for name in PARTS if name in folders]
+        return _unpacked(build_parts(output / "trained", settings, needed), output / "components", folders)
     source = PACKAGED if settings.source == "packaged" else Path(settings.source).expanduser().resolve()
-    missing = [name for name in FOLDERS if not (source / name).is_dir()]
+    missing = [name for name in folders if not (source / name).is_dir()]
     if missing:
         raise ValueError(f"components.source {source} lacks {', '.join(missing)}: give a complete folder, `packaged` or `train`")
     if settings.source != "packaged":
         return source
-    return _unpacked(source, output / "components")
+    return _unpacked(source, output / "components", folders)
 
 
 def build_parts(output: Path, settings: ComponentsSettings, only: Sequence[str] = PARTS) -> Path:
@@ -106,9 +106,9 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     (folder / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _unpacked(source: Path, target: Path) -> Path:
+def _unpacked(source: Path, target: Path, folders: Sequence[str]) -> Path:
     """What a run needs of `source`, and no more: a new captioner must not train a model anew."""
-    for name in FOLDERS:
+    for name in folders:
         unpack(source / name, target / name)
     return target
 

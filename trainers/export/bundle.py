@@ -55,6 +55,7 @@ def export_bundle(
     started = time.perf_counter()
     torch.set_num_threads(max(1, settings.threads))
     source = read_source(Path(checkpoint), settings.steps)
+    settings = settings.carrying(source.weights)
     rows = split_rows(read_rows(calibration, settings.seed), settings.calibration_rows, settings.parity_rows)
     if not rows.parity:
         raise ValueError("export needs calibration rows, also to measure parity; pass calibration=[{task, text, image}].")

@@ -3,7 +3,7 @@ Composed by the pipeline configuration, so unknown keys are refused there and he
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,23 @@ class ExportSettings(StrictSettings):
     seed: int = 0
     weights_licence: str = "Apache-2.0"
     derived_from_release: bool = Field(False, description="The run started from the released DreamLite weights.")
+
+    def carrying(self, weights: dict[str, Any]) -> ExportSettings:
+        """These settings with the licence of the weights that a checkpoint was trained from (`weights` in its dreamlite.json).
+
+        Raises ValueError where the settings name another licence: what starts from released weights keeps theirs.
+        """
+        licence = weights.get("licence")
+        if not licence:
+            return self
+        named = "weights_licence" in self.model_fields_set and self.weights_licence != licence
+        if named:
+            raise ValueError(
+                f"export.weights_licence is '{self.weights_licence}', but the checkpoint was trained from {weights.get('origin')}, whose "
+                f"weights are under {licence}; leave export.weights_licence out."
+            )
+        derived = self.derived_from_release or bool(weights.get("derived_from_release"))
+        return ExportSettings(**self.model_dump() | {"weights_licence": licence, "derived_from_release": derived})
 
     @model_validator(mode="after")
     def _measured_against_float(self) -> ExportSettings:

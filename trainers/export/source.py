@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,6 +58,8 @@ class Source:
     vision: Vision
     scheduler: dict[str, Any]
     digest: str
+    weights: dict[str, Any] = field(default_factory=dict)
+    """Origin and licence of the weights that the checkpoint was trained from; empty where it was trained from scratch."""
     vae_scaling: float = 1.0
     vae_shift: float = 0.0
 
@@ -139,6 +141,7 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         digest=directory_digest(checkpoint),
         vae_scaling=float(vae.get("scaling_factor", 1.0)),
         vae_shift=float(vae.get("shift_factor") or 0.0),
+        weights=facts.get("weights", {}),
     )
 
 

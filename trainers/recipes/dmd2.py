@@ -3,7 +3,6 @@ The student is trained on its own deployed Euler rollouts; a second network lear
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch
@@ -23,6 +22,7 @@ from trainers.flow import (
     shifted,
 )
 from trainers.loop import Ema, batch_gradient, cosine_rate, mean_logs, optimizer_step
+from trainers.lora import frozen_copy, has_adapter, trainable, trainable_copy
 from trainers.recipes.discriminator import Discriminator, middle_features
 from trainers.settings import DMD2Settings
 
@@ -38,19 +38,18 @@ class DMD2Recipe:
     def __init__(
         self, teacher: DreamLiteUNetModel, rows: TrainingRows, settings: DMD2Settings, key: tuple[int, ...]
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.fake = copy.deepcopy(self.student)
+        self.student, self.fake = trainable_copy(teacher), trainable_copy(teacher)
+        self.teacher = frozen_copy(teacher) if has_adapter(teacher) else teacher.eval().requires_grad_(False)
         self.rows, self.settings, self.key = rows, settings, key
         self.plan = Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, settings.batch, key)
         self.modules = {"student": self.student, "fake": self.fake}
-        self.scored_by = [*self.fake.parameters()]
+        self.scored_by = trainable(self.fake)
         if settings.gan_weight:
             self.discriminator = Discriminator(teacher, rows.side, seed=key[0]).train()
             self.modules["discriminator"] = self.discriminator
             self.scored_by += self.discriminator.parameters()
         self.optimizers = {
-            "student": torch.optim.AdamW(self.student.parameters(), weight_decay=0.0, betas=(0.0, 0.99)),
+            "student": torch.optim.AdamW(trainable(self.student), weight_decay=0.0, betas=(0.0, 0.99)),
             "fake": torch.optim.AdamW(self.scored_by, weight_decay=0.0, betas=(0.0, 0.99)),
         }
         self.ema = Ema(self.student, settings.ema_decay, settings.ema_width)
@@ -73,7 +72,7 @@ class DMD2Recipe:
                 total, logs = total + settings.gan_weight * fooled, logs | {"loss_gan": fooled.item()}
             return total, {"latent_mean": data.detach().mean().item(), "latent_std": data.detach().std().item(), **logs}
 
-        parameters = list(self.student.parameters())
+        parameters = trainable(self.student)
         logs = mean_logs(batch_gradient(parameters, batch, settings.micro_batch, loss))
         rate = cosine_rate(
             index, steps=settings.steps, peak=settings.learning_rate, warmup=1, final_share=0.1

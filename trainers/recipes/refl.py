@@ -3,8 +3,6 @@ A velocity penalty holds the network near its start; rewards are normalised per 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from torch.nn import functional as F
@@ -14,6 +12,7 @@ from trainers.batch_plan import Plan
 from trainers.data import Batch, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
+from trainers.lora import frozen_copy, trainable
 from trainers.parallel import map_threads
 from trainers.recipes.detectors import change_outside_edit, picture_measures
 from trainers.recipes.second_scorer import HackingWatch
@@ -37,9 +36,9 @@ class ReFLRecipe:
     ) -> None:
         self.unet, self.vae, self.rewards, self.rows = unet.train(), vae, rewards, rows
         self.settings, self.key = settings, key
-        self.reference = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.reference = frozen_copy(unet)
         self.plans = {task: Plan(rows.pools(), {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(trainable(unet), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         self.watch = HackingWatch(second_scorers or {}, settings)
         self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
         if self.watch.scorers:
@@ -80,7 +79,7 @@ class ReFLRecipe:
                 **{f"{name}_{task}": value for name, value in measures.items()},
             }
 
-        parameters = list(self.unet.parameters())
+        parameters = trainable(self.unet)
         logs = batch_gradient(parameters, batch, settings.micro_batch, loss)
         norm = optimizer_step(self.optimizers["unet"], parameters, settings.clip_norm, settings.learning_rate)
         self.ema.update(self.unet)

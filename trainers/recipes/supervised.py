@@ -12,6 +12,7 @@ from trainers.batch_plan import Plan
 from trainers.data import Batch, TrainingRows, drop_conditions
 from trainers.flow import draw_times, interpolate, keyed_normal, keyed_uniform, min_snr_weight, predict
 from trainers.loop import Ema, batch_gradient, cosine_rate, optimizer_step
+from trainers.lora import trainable
 from trainers.optimizer import make_optimizer
 from trainers.settings import SupervisedSettings
 
@@ -51,7 +52,7 @@ class SupervisedRecipe:
             per_row = velocity_losses(self.unet, part, chosen, settings, self.key)
             return per_row.mean(), {"per_row": per_row.detach()}
 
-        parameters = list(self.unet.parameters())
+        parameters = trainable(self.unet)
         per_row = torch.cat([logs["per_row"] for logs in batch_gradient(parameters, batch, micro_batch, loss)])
         rate = cosine_rate(
             index,

@@ -36,15 +36,15 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
         if len(parts) < 4 or parts[3] not in REVISIONS:
             return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         if api and parts[2] == "revision":
             told = {"id": "/".join(parts[:2]), "sha": COMMIT, "private": False, "siblings": [{"rfilename": name} for name in names]}
             return self._send(200, json.dumps(told).encode(), {"Content-Type": "application/json"}, body)
         if api and parts[2] == "tree":
             files = [{"type": "file", "path": name, "oid": "0" * 40, "size": (folder / name).stat().st_size} for name in names]
             return self._send(200, json.dumps(files).encode(), {"Content-Type": "application/json"}, body)
-        if not api and parts[2] == "resolve" and parts[4] in names:
-            return self._file(folder / parts[4], body)
+        if not api and parts[2] == "resolve" and "/".join(parts[4:]) in names:
+            return self._file(folder.joinpath(*parts[4:]), body)
         return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
 
     def _file(self, path: Path, body: bool) -> None:

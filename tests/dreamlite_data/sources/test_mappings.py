@@ -279,6 +279,14 @@ def test_editreward_data_goes_to_preferences_with_both_models_scores(lake: Lake,
     ]  # fmt: skip
 
 
+def test_triplets_of_ones_own_need_plain_names_and_no_more(lake: Lake, tmp_path: Path) -> None:
+    for name, number in (("a.jpg", 1), ("b.jpg", 2)):
+        _save(tmp_path, name, number)
+    _jsonl(tmp_path / "edits.jsonl", {"source": "a.jpg", "target": "b.jpg", "instruction": "make it snow"})
+    found = _edits(lake, {"kind": "jsonl", "path": tmp_path, "mapping": "triplets"}, 1)
+    assert _columns(found[0], "source", "target", "instruction", "licence") == (_sha(1), _sha(2), "make it snow", None)
+
+
 def test_every_packaged_mapping_is_tested_here() -> None:
     tested = Path(__file__).read_text()
     assert [name for name in mappings.packaged() if f'"{name}"' not in tested and name != "image_text"] == []

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dreamlite_data import scenes
 from flows.cli import app
-from tests.trainers.export.conftest import export_again
+from tests.trainers.export.conftest import calibration_rows, export_again
 from trainers.conditioning import SquareImageProcessor
 from trainers.export.bundle import export_bundle
 from trainers.export.loop_page import describe_loop
@@ -263,3 +263,16 @@ def test_float_is_always_among_the_variants() -> None:
 def test_unknown_setting_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'sequence_tokens'"):
         ExportSettings(sequence_token=3)
+
+
+@pytest.mark.thorough
+def test_a_bundle_from_released_weights_carries_their_licence(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "derived")
+    path = tmp_path / "derived" / "dreamlite.json"
+    weights = {"origin": "carlofkl/DreamLite-base@0", "licence": "CC-BY-NC-4.0", "derived_from_release": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}))
+    settings = ExportSettings(sequence_tokens=64, calibration_rows=1, parity_rows=1, quantize=False, text_encoder=False)
+    answer = export_bundle(tmp_path / "derived", settings, tmp_path / "out", calibration=calibration_rows(2))
+    licences = json.loads((Path(answer["bundle"]) / "manifest.json").read_text())["licences"]
+    assert (licences["weights"], licences["derived_from_release"], licences["non_commercial"]) == ("CC-BY-NC-4.0", True, True)
+    assert "CC-BY-NC-4.0" in (Path(answer["bundle"]) / "README.md").read_text()
