@@ -163,7 +163,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows():
     exact = pins()
     # The postgres extra is for clusters and is not part of the tested environment; it carries its own exact pin.
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["dev"], *extras["nsfw"], *extras["ocr"], *extras["bench"]]:
+    for text in [*project["dependencies"], *extras["dev"], *extras["nsfw"], *extras["ocr"], *extras["bench"], *extras["coreml"], *extras["executorch"]]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in exact, f"{name} is not in infra/constraints.txt"

@@ -20,6 +20,7 @@ from trainers.export.rows import Split, read_rows, split_rows
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
 from trainers.export.source import Source, directory_digest, read_source
+from trainers.export.targets import require_targets, write_targets
 from trainers.export.verify import verify_bundle
 
 README = """# DreamLite bundle
@@ -49,6 +50,7 @@ def export_bundle(
     Raises ValueError when the checkpoint is incomplete or a float graph is not equal to torch.
     """
     started = time.perf_counter()
+    require_targets(settings)
     torch.set_num_threads(max(1, settings.threads))
     source = read_source(Path(checkpoint), settings.steps)
     rows = split_rows(read_rows(calibration, settings.seed), settings.calibration_rows, settings.parity_rows)
@@ -79,6 +81,9 @@ def export_bundle(
 
     manifest["parity"], seconds = measure(draft, reference, hidden, rows.parity, settings, list(manifest["variants"]))
     check_float_graphs(manifest["parity"], settings)
+    targets = write_targets(draft, source, reference, hidden, rows.calibration, rows.parity)
+    if targets:
+        manifest["targets"] = targets
     manifest["files"] = file_table(draft)
     manifest["sizes"] = graph_sizes(manifest)
     manifest["artifact_id"] = artifact_id(manifest)
@@ -94,6 +99,7 @@ def export_bundle(
         "sizes": manifest["sizes"],
         "parity": manifest["parity"],
         "quantization": manifest["quantization"],
+        "targets": targets,
         "seconds": {
             "graphs": round(graphs_done - started, 2),
             "quantize": round(quantize_done - graphs_done, 2),

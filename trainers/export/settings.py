@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from dreamlite_data.strict_settings import StrictSettings
 
+Target = Literal["onnxruntime", "coreml", "executorch"]
+
 RELEASE_LICENCE = "CC-BY-NC-4.0"
 """Licence of the released DreamLite weights; everything derived from them inherits it."""
 
@@ -24,6 +26,14 @@ class ExportSettings(StrictSettings):
         True, description="Export the encoder as ONNX too. Off: it stays a named external part (a 2 B encoder)."
     )
     quantize: bool = Field(True, description="Also write the int8 UNet.")
+    targets: tuple[Target, ...] = Field(
+        ("onnxruntime",),
+        description="What the bundle runs on. onnxruntime is always among them, for the others are calibrated and measured with it; "
+        "coreml and executorch each need the extra of their name.",
+    )
+    coreml_weights: tuple[Literal["int8", "palette6", "palette4"], ...] = Field(
+        ("int8", "palette6"), description="Forms of the Core ML UNet's weights beside fp16; a palette has 2^6 or 2^4 values a tensor."
+    )
     weight_type: Literal["int8", "uint8"] = Field(
         "int8",
         description="int8: symmetric, what phone compilers take; x86 needs session.x64quantprecision, which the runner sets. "
@@ -45,6 +55,14 @@ class ExportSettings(StrictSettings):
     seed: int = 0
     weights_licence: str = "Apache-2.0"
     derived_from_release: bool = Field(False, description="The run started from the released DreamLite weights.")
+
+    @model_validator(mode="after")
+    def _measure_with_onnxruntime(self) -> ExportSettings:
+        if "onnxruntime" not in self.targets:
+            raise ValueError(
+                f"export.targets {list(self.targets)} lacks 'onnxruntime', whose graphs calibrate and measure the other targets; add it."
+            )
+        return self
 
     @model_validator(mode="after")
     def _inherit_licence(self) -> ExportSettings:
