@@ -20,7 +20,8 @@ from trainers.export.rows import Split, read_rows, split_rows
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
 from trainers.export.source import Source, directory_digest, read_source
-from trainers.export.targets import require_targets, write_targets
+from trainers.export.target_checks import require_targets
+from trainers.export.targets import write_targets
 from trainers.export.verify import verify_bundle
 
 README = """# DreamLite bundle
@@ -50,7 +51,7 @@ def export_bundle(
     Raises ValueError when the checkpoint is incomplete or a float graph is not equal to torch.
     """
     started = time.perf_counter()
-    require_targets(settings)
+    require_targets(settings.targets)
     torch.set_num_threads(max(1, settings.threads))
     source = read_source(Path(checkpoint), settings.steps)
     rows = split_rows(read_rows(calibration, settings.seed), settings.calibration_rows, settings.parity_rows)

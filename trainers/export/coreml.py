@@ -179,7 +179,11 @@ def _excess(name: str, truth: np.ndarray, value: np.ndarray, weights: Weights) -
     if weights == "fp16":
         bound = half
     elif weights == "int8":
-        step = np.abs(truth).max(axis=tuple(range(1, truth.ndim)), keepdims=True) / 127
+        axes = tuple(range(1, truth.ndim))
+        steps = value / np.maximum(np.abs(value).max(axis=axes, keepdims=True) / 127, 1e-12)
+        if np.abs(steps - steps.round()).max() > 127 * 2.0**-10:
+            raise ValueError(f"Core ML weight {name} does not lie on 8-bit steps of its channels' scales.")
+        step = np.abs(truth).max(axis=axes, keepdims=True) / 127
         bound = np.broadcast_to(step * (0.5 + 127 * 2.0**-11) + half, truth.shape)
     else:
         palette = np.unique(value)

@@ -1,10 +1,9 @@
-"""The phone targets of a bundle besides ONNX Runtime: which files each has, how they are written, measured and checked.
-Each target is an optional extra; a bundle that holds its files can be taken, and checked by hash, without it."""
+"""Writes the files of a bundle's targets besides ONNX Runtime, measures them against torch, and describes them for the manifest.
+Each target is an optional extra; nothing of it is imported unless the settings ask for it."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,34 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainers.export.measure import Embedder, trajectory
+from trainers.export.measure import Embedder, check_float_graphs, trajectory
 from trainers.export.parity import TorchReference, difference, kept
 from trainers.export.prepare import Part, part_names, prepare_part
 from trainers.export.rows import TASKS, Row
-from trainers.export.runner import Runner
-from trainers.export.settings import ExportSettings
 from trainers.export.source import Source
-
-PACKAGES = {"coreml": ("coremltools",), "executorch": ("executorch", "torchao")}
-"""Packages of each target's extra, which has the target's name."""
+from trainers.export.target_checks import ProgramRunner, probe
 
 COREML_NOT_RUN = "converted and read back on Linux; Core ML runs on Apple systems only, so no output of it was compared"
-
-
-def missing_packages(target: str) -> list[str]:
-    """Packages of `target` that are not installed."""
-    return [package for package in PACKAGES.get(target, ()) if importlib.util.find_spec(package) is None]
-
-
-def require_targets(settings: ExportSettings) -> None:
-    """ValueError naming the extra that a target of the settings lacks."""
-    for target in settings.targets:
-        missing = missing_packages(target)
-        if missing:
-            raise ValueError(
-                f"export.targets asks for '{target}', but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
-                f"pip install -c infra/constraints.txt -e '.[{target}]', or take it out of export.targets."
-            )
 
 
 def write_targets(
@@ -86,34 +65,14 @@ def _write_executorch(
         "runtime_verified": True,
         "files": files,
     }
+    forms = [form for form in ("fp32", "int8") if f"unet_{form}" in files]
     section["parity"] = {
-        form: _parity(ProgramRunner(folder, section, form, settings.threads), reference, hidden, parity)
-        for form in ("fp32", "int8")
-        if f"unet_{form}" in files
+        form: _parity(ProgramRunner(folder, section, form, settings.threads), reference, hidden, parity) for form in forms
     }
+    floats = {f"executorch {name}": value for name, value in section["parity"]["fp32"].items()}
+    check_float_graphs({"graphs": floats, "end_to_end": {}}, settings)
+    section["probe"] = {form: probe(folder, section, form, settings.threads) for form in forms}
     return section
-
-
-class ProgramRunner(Runner):
-    """The bundle's own loop with ExecuTorch programs in place of the ONNX graphs; needs torch, unlike its base."""
-
-    def __init__(self, bundle: Path, section: dict[str, Any], form: str, threads: int = 1) -> None:
-        """section: the manifest's about executorch; form: of the UNet, 'fp32' or 'int8' (the other parts are fp32)."""
-        from trainers.export.executorch import Program
-
-        super().__init__(bundle, "fp32", threads)
-        self.programs = {}
-        for name, entry in section["files"].items():
-            graph, _, stored = name.rpartition("_")
-            if stored == (form if graph == "unet" else "fp32"):
-                program = Program(Path(bundle) / entry["file"], list(entry["inputs"]))
-                if program.shapes != entry["inputs"]:
-                    raise ValueError(f"{entry['file']} takes {program.shapes}, the manifest says {entry['inputs']}.")
-                self.programs[graph] = program
-
-    def run_graph(self, graph: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Output of one part for the inputs that the manifest lists, row by row."""
-        return self.programs[graph](inputs)
 
 
 def _parity(runner: ProgramRunner, reference: TorchReference, hidden: Embedder, rows: Sequence[Row]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trainers.export.runner import SCHEMA_VERSION, Runner
 from trainers.export.schedule import deployed_sigmas
+from trainers.export.target_checks import check_targets
 
 SAMPLE_TOLERANCE = {"fp32": 1e-3, "int8": 0.5}
 """Largest allowed difference of latents when samples run again: float noise, and int8 rounding that other CPUs flip."""
@@ -23,7 +24,8 @@ def verify_bundle(bundle: Path, *, reproduce: bool = False) -> dict[str, Any]:
     """The manifest of a bundle that holds together; ValueError names the first thing that does not.
 
     Checks every file's size and sha256, files that nobody declared, graph inputs against the manifest's shapes, and
-    the sigma list against the scheduler constants. reproduce: also run the samples and compare the latents.
+    the sigma list against the scheduler constants. reproduce: also run the samples and compare the latents, and check
+    the further targets (`check_targets`).
     """
     bundle = Path(bundle)
     path = bundle / "manifest.json"
@@ -38,6 +40,7 @@ def verify_bundle(bundle: Path, *, reproduce: bool = False) -> dict[str, Any]:
     if reproduce:
         for variant in manifest["variants"]:
             _check_samples(bundle, manifest, variant)
+        check_targets(bundle, manifest)
     return manifest
 
 
