@@ -11,6 +11,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,8 @@ Weights = Literal["fp16", "int8", "palette6", "palette4"]
 SPECIFICATION_VERSION = 9
 """iOS 18, the first with scaled dot-product attention and per-channel scales (coremltools, "What's New")."""
 
-COMPRESSED_FROM_VALUES = 2048
-"""Smaller weights stay fp16, as in coremltools' own default; they are no share of the size."""
+COMPRESSED_ABOVE_VALUES = 2048
+"""Weights of so many values and smaller ones stay fp16, as in coremltools' own default; they are no share of the size."""
 
 ALLOWED_OPERATORS = frozenset({
     "add", "batch_norm", "cast", "clip", "concat", "const", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "conv", "cos",
@@ -42,19 +43,30 @@ _KINDS = {"float32": 65568, "float16": 65552, "int32": 131104}
 """ArrayFeatureType.ArrayDataType of coremltools' FeatureTypes.proto."""
 
 
-def convert(part: Part) -> Any:
-    """`part`, prepared with batch 1, as an fp16 MLModel whose ports keep the part's names. Integer inputs become int32."""
+@dataclass(frozen=True)
+class Converted:
+    """An MLModel, and of each parameter that its graph reads the path in the torch module with the name in the graph."""
+
+    model: Any
+    parameters: dict[str, str]
+
+
+def convert(part: Part) -> Converted:
+    """`part`, prepared with batch 1, in fp16 with ports named as in the part. Integer inputs become int32."""
     import coremltools
 
     with _quiet(), torch.no_grad():
         exported = torch.export.export(part.module.eval(), (), kwargs=part.inputs, strict=False).run_decompositions({})
-        return coremltools.convert(
+        read = {node.name for node in exported.graph.nodes if node.op == "placeholder" and node.users}
+        model = coremltools.convert(
             exported,
             outputs=[coremltools.TensorType(name=part.output, dtype=np.float32)],
             minimum_deployment_target=coremltools.target.iOS18,
             compute_precision=coremltools.precision.FLOAT16,
             skip_model_load=True,
         )
+    names = exported.graph_signature.inputs_to_parameters
+    return Converted(model, {path: name for name, path in names.items() if name in read})
 
 
 def compress(model: Any, weights: Weights) -> Any:
@@ -65,9 +77,9 @@ def compress(model: Any, weights: Weights) -> Any:
         return model
     with _quiet():
         if weights == "int8":
-            chosen = coreml.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=COMPRESSED_FROM_VALUES)
+            chosen = coreml.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=COMPRESSED_ABOVE_VALUES)
             return coreml.linear_quantize_weights(model, coreml.OptimizationConfig(global_config=chosen))
-        chosen = coreml.OpPalettizerConfig(mode="kmeans", nbits=_bits(weights), weight_threshold=COMPRESSED_FROM_VALUES)
+        chosen = coreml.OpPalettizerConfig(mode="kmeans", nbits=_bits(weights), weight_threshold=COMPRESSED_ABOVE_VALUES)
         return coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=chosen))
 
 
@@ -136,10 +148,12 @@ def port_table(part: Part, output: torch.Tensor) -> dict[str, dict[str, Any]]:
     return {"inputs": {name: port(value) for name, value in part.inputs.items()}, "outputs": {part.output: port(output)}}
 
 
-def check_weights(path: Path, part: Part, weights: Weights) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def check_weights(
+    path: Path, part: Part, names: dict[str, str], weights: Weights
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read every weight back from the package and compare it with `part`'s; ValueError where one is off its bound.
 
-    Bounds: fp16 half a unit in the last place; int8 half a step of the channel's scale (itself in fp16); a palette no further
+    names: `Converted.parameters`. Bounds: fp16 half a unit in the last place; int8 half a step of the channel's scale (itself in fp16); a palette no further
     than its nearest entry, and no more entries than its bits allow. Returns a record (number of weights found, share of all
     values found and share compressed, largest error as a share of its bound) and the weights found, by name in the module.
     """
@@ -153,13 +167,13 @@ def check_weights(path: Path, part: Part, weights: Weights) -> tuple[dict[str, A
         constants = coreml.get_weights_metadata(model, weight_threshold=1)
     stored = {name.split("_to_fp16")[0]: np.asarray(item.val, np.float32) for name, item in constants.items()}
     found, worst, compressed = {}, 0.0, 0
-    parameters = dict(part.module.named_parameters())
+    parameters = {name: part.module.get_parameter(name) for name in names}
     for name, parameter in parameters.items():
-        value = stored.get("p_" + name.replace(".", "_"))
+        value = stored.get(names[name])
         if value is None or value.size != parameter.numel():
             continue
         truth, value = parameter.detach().numpy(), value.reshape(parameter.shape)
-        form = weights if value.size >= COMPRESSED_FROM_VALUES and value.ndim > 1 else "fp16"
+        form = weights if value.size > COMPRESSED_ABOVE_VALUES and value.ndim > 1 else "fp16"
         worst = max(worst, _excess(name, truth, value, form))
         compressed += value.size if form != "fp16" else 0
         found[name] = torch.from_numpy(value.copy())

@@ -116,11 +116,11 @@ def _write_coreml(
         part = prepare_part(name, source, reference, settings, batch=1)
         with torch.no_grad():
             ports = port_table(part, part.module(**part.inputs))
-        model = convert(part)
+        converted = convert(part)
         for weights in ("fp16", *settings.coreml_weights) if name == "unet" else ("fp16",):
             path = folder / "coreml" / f"{name}_{weights}.mlpackage"
-            save_package(compress(model, weights), path)
-            record, stored = check_weights(path, part, weights)
+            save_package(compress(converted.model, weights), path)
+            record, stored = check_weights(path, part, converted.parameters, weights)
             files[f"{name}_{weights}"] = {
                 "file": path.relative_to(folder).as_posix(),
                 "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),

@@ -164,9 +164,9 @@ def test_unet_programs(tmp_path: Path) -> None:
 def test_package_is_repeatable_and_what_it_says(tmp_path: Path) -> None:
     part, raw = decoder(), []
     for name in ("one", "two"):
-        model = convert(decoder())
-        save_package(model, tmp_path / f"{name}.mlpackage")
-        model.save(str(tmp_path / f"{name}_raw.mlpackage"))
+        converted = convert(decoder())
+        save_package(converted.model, tmp_path / f"{name}.mlpackage")
+        converted.model.save(str(tmp_path / f"{name}_raw.mlpackage"))
         raw.append((tmp_path / f"{name}_raw.mlpackage" / "Manifest.json").read_bytes())
     assert raw[0] != raw[1]  # what normalising is for
     one, two = ({file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
@@ -179,29 +179,29 @@ def test_package_is_repeatable_and_what_it_says(tmp_path: Path) -> None:
     wrong = ports | {"inputs": {"latent": {"dtype": "float32", "shape": [1, 4, 8, 4]}}}
     with pytest.raises(ValueError, match="the manifest says"):
         check_package(tmp_path / "one.mlpackage", wrong)
-    record, weights = check_weights(tmp_path / "one.mlpackage", part, "fp16")
+    record, weights = check_weights(tmp_path / "one.mlpackage", part, converted.parameters, "fp16")
     assert record["value_share"] > 0.95 and len(weights) == record["weights"]
     other = decoder()
     with torch.no_grad():
-        next(other.module.parameters())[0, 0, 0, 0] += 0.01
+        next(other.module.vae.decoder.parameters())[0, 0, 0, 0] += 0.01
     with pytest.raises(ValueError, match="as far from the checkpoint"):
-        check_weights(tmp_path / "one.mlpackage", other, "fp16")
+        check_weights(tmp_path / "one.mlpackage", other, converted.parameters, "fp16")
 
 
 @needs("coreml")
 def test_compressed_packages_are_smaller_and_in_bounds(tmp_path: Path) -> None:
     part, sizes = decoder(), {}
-    model = convert(part)
+    converted = convert(part)
     for weights in ("fp16", "int8", "palette4"):
         path = tmp_path / f"{weights}.mlpackage"
-        save_package(compress(model, weights), path)
+        save_package(compress(converted.model, weights), path)
         check_package(path, port_table(part, torch.from_numpy(answer(part))))
-        record, _ = check_weights(path, part, weights)
+        record, _ = check_weights(path, part, converted.parameters, weights)
         assert (record["compressed_share"] > 0.8) == (weights != "fp16")
         sizes[weights] = (path / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size
     assert sizes["palette4"] < sizes["int8"] < sizes["fp16"]
     with pytest.raises(ValueError, match="Core ML weight"):
-        check_weights(tmp_path / "fp16.mlpackage", part, "int8")
+        check_weights(tmp_path / "fp16.mlpackage", part, converted.parameters, "int8")
 
 
 # --- the bundle -------------------------------------------------------------------------------------------------------
