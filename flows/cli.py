@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import parts_cli, policy_cli, rewards_cli
+from flows import export_cli, parts_cli, policy_cli, rewards_cli
 from flows.console import DEFAULT_LAKE, LakeFolder, clear_errors, fail, open_lake, print_arrow, print_rows, say, warn
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ app = typer.Typer(
     "world, exports the model and writes a report. Run it again and it does only what changed.",
 )
 
+app.add_typer(export_cli.app)  # verify, export-size
 app.add_typer(policy_cli.app)  # policy, datasets, publish, forget
 app.add_typer(rewards_cli.rewards, name="rewards")
 app.add_typer(parts_cli.app, name="parts")
@@ -81,7 +82,7 @@ def evaluate(
 
 @app.command()
 def export(preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, engine: Engine = None) -> None:
-    """Make the on-device bundle (ONNX in float and int8, tokenizer, runner); earlier steps that are not done are done first."""
+    """Make the on-device bundle (ONNX in float, half, int8 and int4, tokenizer, runner); earlier steps that are not done are done first."""
     run = _execute("retrain", preset, lake, set_, "export", engine)
     say(f"artifact: {run.records['export'].path('bundle')}")
 

@@ -53,11 +53,11 @@ class PipelineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _gates_name_steps(self) -> PipelineConfig:
-        evaluations = [f"evaluate_{stage}" for stage in STAGES] + ["evaluate_export"]
+        evaluations = [f"evaluate_{stage}" for stage in STAGES] + ["export", "evaluate_export"]
         for gate in self.gates:
             for name in filter(None, (gate.after, gate.compared_to)):
                 if name not in evaluations:
-                    raise ValueError(f"gates: no evaluation step '{name}'; there are {', '.join(evaluations)}")
+                    raise ValueError(f"gates: no step with gates '{name}'; there are {', '.join(evaluations)}")
             if gate.compared_to and evaluations.index(gate.compared_to) >= evaluations.index(gate.after):
                 raise ValueError(f"gates: '{gate.compared_to}' must come before '{gate.after}'")
         return self

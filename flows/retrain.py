@@ -126,7 +126,12 @@ def export_step(config: PipelineConfig) -> Step:
     def run(ctx: StepContext) -> StepResult:
         from trainers.export.bundle import export_bundle
 
-        lineage = {"checkpoint": ctx.inputs[stage].id, "step": step_id("export", ctx.key)}
+        lineage = {
+            "checkpoint": ctx.inputs[stage].id,
+            "step": step_id("export", ctx.key),
+            "datasets": {name: f"{name}@{version}" for name, version in dataset_versions(ctx, HELDOUT).items()},
+            "calibration_sql": " ".join(CALIBRATION_SQL.split()),
+        }
         answer = export_bundle(
             ctx.inputs[stage].path("checkpoint"),
             settings,
@@ -137,7 +142,13 @@ def export_step(config: PipelineConfig) -> Step:
         artifact_id = answer["artifact_id"]
         return StepResult(
             outputs={"bundle": Path(answer["bundle"]), "artifact_id": artifact_id, "numbers": {k: v for k, v in answer.items() if k != "bundle"}},
-            metrics={"megabytes": answer["bytes"] / 1e6, **{f"{name}_megabytes": size / 1e6 for name, size in answer["sizes"].items()}},
+            metrics={
+                "megabytes": answer["bytes"] / 1e6,
+                **{f"{name}_megabytes": size / 1e6 for name, size in answer["sizes"].items()},
+                **{f"{name}/size_share": size / answer["variants"]["fp32"] for name, size in answer["variants"].items()},
+                **{f"{name.rpartition('_')[2]}/{name.rpartition('_')[0]}/latent_psnr_db": value["psnr_db"]
+                   for name, value in answer["parity"]["end_to_end"].items()},
+            },
             digests={"bundle": answer["digest"]},
             lineage=[Edge("artifact", artifact_id, "checkpoint", ctx.inputs[stage].id, "exported_from"),
                      Edge("artifact", artifact_id, "step", step_id("export", ctx.key), "made_by")],
@@ -158,21 +169,36 @@ def export_step(config: PipelineConfig) -> Step:
     )
 
 
+CALIBRATION_SQL = """
+SELECT row_id, task, text, source_image_id
+FROM (
+    SELECT *, row_number() OVER (PARTITION BY task, coalesce(edit_type, '') ORDER BY md5(row_id || $seed)) AS turn
+    FROM dataset_rows WHERE name = $name AND version = $version AND split = 'train'
+)
+ORDER BY turn, md5(row_id || $seed) LIMIT $rows
+"""
+"""Every kind of edit in turn, rows of a kind in an order that the seed draws; the same rows on every machine."""
+
+
 def calibration_rows(ctx: StepContext, count: int) -> list[dict[str, Any]]:
-    """Training rows of both tasks for calibration and parity, twice `count` of each: never held-out ones."""
-    from dreamlite_data.dataset import open_dataset, read_images
+    """Training rows of both tasks for calibration and parity, twice `count` of each, drawn by SQL: never held-out ones."""
+    from dreamlite_data.dataset import read_images
 
     rows: list[dict[str, Any]] = []
     for name, version in dataset_versions(ctx, HELDOUT).items():
-        train = sorted(open_dataset(ctx.lake, name, version).split("train").to_pylist(), key=lambda row: row["row_id"])[: 2 * count]
-        images = read_images(ctx.lake, [row["source_image_id"] for row in train if row["task"] == "edit"])
-        rows += [{"task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])} for row in train]
+        wanted = {"name": name, "version": version, "seed": str(ctx.seed), "rows": 2 * count}
+        drawn = ctx.lake.query(CALIBRATION_SQL, wanted).to_pylist()
+        images = read_images(ctx.lake, [row["source_image_id"] for row in drawn])
+        rows += [
+            {"id": f"{name}@{version}/{row['row_id']}", "task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])}
+            for row in drawn
+        ]
     return rows
 
 
 def evaluate_export_step(config: PipelineConfig) -> Step:
-    """Judge the artifact itself, in float and in int8, with the runner that ships in it."""
-    variants = ("fp32", "int8") if config.export.quantize else ("fp32",)
+    """Judge the artifact itself, in every variant, with the runner that ships in it."""
+    variants = config.export.variants
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.export.evaluate import evaluate_bundle
@@ -182,6 +208,7 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         for variant in variants:
             rows = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed, output=ctx.directory)
             metrics |= {f"{variant}/{name}": value for name, value in as_metrics(rows).items()}
+            metrics |= kept_shares(metrics, variant)
             evals += [{**row, "stage": f"export_{variant}"} for row in rows]
         return StepResult(metrics=metrics, rows={"evals": evals})
 
@@ -192,8 +219,18 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         spec=spec_of(config.export),
         seed=config.seed,
         inputs=("export:bundle",),
-        about="Judge the exported bundle as a phone would run it, in float and in int8.",
+        about="Judge the exported bundle as a phone would run it, in float and in every smaller variant.",
     )
+
+
+def kept_shares(metrics: dict[str, float], variant: str) -> dict[str, float]:
+    """'<variant>/<task>/exact_kept': exact matches as a share of the fp32 student's, where that has any."""
+    shares = {}
+    for task in ("generate", "edit"):
+        float_exact = metrics.get(f"fp32/{task}/{task}_exact", 0.0)
+        if float_exact > 0 and f"{variant}/{task}/{task}_exact" in metrics:
+            shares[f"{variant}/{task}/exact_kept"] = metrics[f"{variant}/{task}/{task}_exact"] / float_exact
+    return shares
 
 
 def report_step(before: list[Step]) -> Step:

@@ -36,7 +36,7 @@ def test_overrides_take_yaml_values_at_any_depth_and_in_lists():
         ("seed", "--set 'seed' is not of the form name.of.setting=value"),
         ("seed.x=1", "'seed' is a single value in this preset and has no 'x'"),
         ("gates.9.max_drop=1", "must be the index of one of 4 list items"),
-        ("gates=[{after: evaluate_nothing, metric: a/b, min: 1}]", "no evaluation step 'evaluate_nothing'"),
+        ("gates=[{after: evaluate_nothing, metric: a/b, min: 1}]", "no step with gates 'evaluate_nothing'"),
         ("gates=[{after: evaluate_t2i, metric: a/b, compared_to: evaluate_sft, max_drop: 1}]", "'evaluate_sft' must come before"),
         ("gates=[{after: evaluate_t2i, metric: a/b}]", "a gate needs 'min'"),
         ("train.t2i.tasks.generate=0.5", "must sum to 1"),

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dreamlite_data.strict_settings import StrictSettings
 
+Variant = Literal["fp32", "fp16", "int8", "int4"]
 Target = Literal["onnxruntime", "coreml", "executorch"]
 
 RELEASE_LICENCE = "CC-BY-NC-4.0"
@@ -25,15 +26,21 @@ class ExportSettings(StrictSettings):
     text_encoder: bool = Field(
         True, description="Export the encoder as ONNX too. Off: it stays a named external part (a 2 B encoder)."
     )
-    quantize: bool = Field(True, description="Also write the int8 UNet.")
     targets: tuple[Target, ...] = Field(
         ("onnxruntime",),
-        description="What the bundle runs on. onnxruntime is always among them, for the others are calibrated and measured with it; "
-        "coreml and executorch each need the extra of their name.",
+        description="What the bundle runs on. onnxruntime is always among them, for the others are calibrated with it; coreml and "
+        "executorch each need the extra of their name.",
     )
     coreml_weights: tuple[Literal["int8", "palette6", "palette4"], ...] = Field(
         ("int8", "palette6"), description="Forms of the Core ML UNet's weights beside fp16; a palette has 2^6 or 2^4 values a tensor."
     )
+    variants: tuple[Variant, ...] = Field(
+        ("fp32", "fp16", "int8", "int4"),
+        description="Forms of the graphs in the bundle; fp32 is what the others are measured against. int8: the UNet in 8-bit "
+        "arithmetic. int4: its weights in blocks of 4 bits. Both with encoders of encoder_bits and a VAE in half precision.",
+    )
+    encoder_bits: Literal[4, 8] = Field(4, description="Bits of the encoders' weights in int8 and int4.")
+    block_values: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale, where weights are in blocks.")
     weight_type: Literal["int8", "uint8"] = Field(
         "int8",
         description="int8: symmetric, what phone compilers take; x86 needs session.x64quantprecision, which the runner sets. "
@@ -45,7 +52,14 @@ class ExportSettings(StrictSettings):
     calibration_percentile: float = Field(99.99, gt=50, le=100)
     float_layers: tuple[str, ...] = Field(
         ("conv_in", "conv_out", "time_embedding", "add_embedding"),
-        description="UNet layers whose path contains one of these stay float in the int8 graph.",
+        description="UNet layers whose path contains one of these stay float in int8 and int4.",
+    )
+    scan_rows: int = Field(2, ge=0, description="Rows per task on which each block's harm by int8 is measured; 0: no scan, all int8.")
+    int8_psnr_db: float = Field(
+        40.0, description="Blocks of the int8 UNet go back to half precision, the most harmful for their bytes first, below this PSNR."
+    )
+    int8_size_share: float = Field(
+        0.4, gt=0, le=1, description="The int8 UNet never takes more of the fp32 UNet's bytes by blocks that go back."
     )
     parity_rows: int = Field(4, ge=1, description="Rows per task of the parity report; also the bundle's samples.")
     max_abs_error: float = Field(1e-3, gt=0, description="A float graph further than this from torch stops the export.")
@@ -57,10 +71,16 @@ class ExportSettings(StrictSettings):
     derived_from_release: bool = Field(False, description="The run started from the released DreamLite weights.")
 
     @model_validator(mode="after")
-    def _measure_with_onnxruntime(self) -> ExportSettings:
+    def _calibrated_with_onnxruntime(self) -> ExportSettings:
         if "onnxruntime" not in self.targets:
+            raise ValueError(f"export.targets {list(self.targets)} lacks 'onnxruntime', whose graphs calibrate the other targets; add it.")
+        return self
+
+    @model_validator(mode="after")
+    def _measured_against_float(self) -> ExportSettings:
+        if "fp32" not in self.variants or len(set(self.variants)) < len(self.variants):
             raise ValueError(
-                f"export.targets {list(self.targets)} lacks 'onnxruntime', whose graphs calibrate and measure the other targets; add it."
+                f"export.variants is {list(self.variants)}; name each once and keep fp32, which the others are measured against."
             )
         return self
 

@@ -58,6 +58,8 @@ class Source:
     vision: Vision
     scheduler: dict[str, Any]
     digest: str
+    vae_scaling: float = 1.0
+    vae_shift: float = 0.0
 
     @property
     def latent_px(self) -> int:
@@ -135,6 +137,8 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         vision=_read_vision(checkpoint, int(facts["encoder_image_px"])),
         scheduler=scheduler,
         digest=directory_digest(checkpoint),
+        vae_scaling=float(vae.get("scaling_factor", 1.0)),
+        vae_shift=float(vae.get("shift_factor") or 0.0),
     )
 
 

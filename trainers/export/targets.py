@@ -4,6 +4,7 @@ Each target is an optional extra; nothing of it is imported unless the settings 
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,106 +13,75 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainers.export.measure import Embedder, check_float_graphs, trajectory
-from trainers.export.parity import TorchReference, difference, kept
+from trainers.export.measure import Embedder, check_float_graphs
+from trainers.export.parity import TorchReference
 from trainers.export.prepare import Part, part_names, prepare_part
-from trainers.export.rows import TASKS, Row
+from trainers.export.samples import compare, difference, load_samples
+from trainers.export.sensitivity import Feed
+from trainers.export.settings import ExportSettings
 from trainers.export.source import Source
-from trainers.export.target_checks import ProgramRunner, probe
+from trainers.export.target_checks import ProgramRunner
 
-COREML_NOT_RUN = "converted and read back on Linux; Core ML runs on Apple systems only, so no output of it was compared"
+NOT_RUN = "converted and read back on Linux; Core ML runs on Apple systems only, so no output of it was compared"
 
 
 def write_targets(
-    folder: Path, source: Source, reference: TorchReference, hidden: Embedder, calibration: Sequence[Row], parity: Sequence[Row]
+    folder: Path, source: Source, reference: TorchReference, hidden: Embedder, feeds: Sequence[Feed]
 ) -> dict[str, Any]:
-    """Write the files of every target in the settings under folder/<target> and return the manifest's section about them.
+    """Write the files of every further target of the settings under folder/<target>; returns the manifest's section about them.
 
-    hidden.runner runs the bundle's own fp32 graphs, whose UNet inputs on `calibration` set the ranges of int8.
+    folder: a bundle with its fp32 graphs, samples and manifest. feeds: inputs of the UNet's calls on the calibration rows, which
+    set the ranges of int8; without them there is none. ValueError where a float program is not equal to torch.
     """
-    settings, section = hidden.settings, {}
-    if "executorch" in settings.targets:
-        section["executorch"] = _write_executorch(folder, source, reference, hidden, calibration, parity)
-    if "coreml" in settings.targets:
-        section["coreml"] = _write_coreml(folder, source, reference, hidden, parity)
+    section: dict[str, Any] = {}
+    if "executorch" in hidden.settings.targets:
+        section["executorch"] = _write_executorch(folder, source, reference, hidden.settings, feeds)
+    if "coreml" in hidden.settings.targets:
+        section["coreml"] = _write_coreml(folder, source, reference, hidden.settings)
     return section
 
 
 def _write_executorch(
-    folder: Path, source: Source, reference: TorchReference, hidden: Embedder, calibration: Sequence[Row], parity: Sequence[Row]
+    folder: Path, source: Source, reference: TorchReference, settings: ExportSettings, feeds: Sequence[Feed]
 ) -> dict[str, Any]:
     from trainers.export.executorch import lower
 
-    settings = hidden.settings
     (folder / "executorch").mkdir()
     files: dict[str, Any] = {}
     for name in part_names(settings):
         part = prepare_part(name, source, reference, settings, batch=1, delegable=True)
-        for form in ("fp32", "int8") if name == "unet" and settings.quantize else ("fp32",):
-            feeds = trajectory(hidden.runner, hidden, calibration) if form == "int8" else []
-            lowered = lower(part, feeds, settings.float_layers)
+        for form in ("fp32", "int8") if name == "unet" and feeds else ("fp32",):
+            lowered = lower(part, feeds if form == "int8" else (), settings.float_layers)
             path = folder / "executorch" / f"{name}_{form}.pte"
             path.write_bytes(lowered.program)
             files[f"{name}_{form}"] = {
                 "file": path.relative_to(folder).as_posix(),
+                "bytes": len(lowered.program),
                 "inputs": {port: list(value.shape) for port, value in part.inputs.items()},
                 "delegates": lowered.delegates,
                 "outside_delegates": lowered.outside,
             }
-    section = {
+    section: dict[str, Any] = {
         "versions": {package: version(package) for package in ("executorch", "torch", "torchao")},
         "backend": "XNNPACK",
-        "int8": "static, weights per output channel, activations per tensor, calibrated on the student's own trajectory",
-        "runtime_verified": True,
+        "int8": "static: weights per output channel, activations per tensor, calibrated on the student's own trajectory",
+        "verified_runtime": f"{platform.system()} {platform.machine()}, CPU",
         "files": files,
     }
+    samples = load_samples(folder)
     forms = [form for form in ("fp32", "int8") if f"unet_{form}" in files]
-    section["parity"] = {
-        form: _parity(ProgramRunner(folder, section, form, settings.threads), reference, hidden, parity) for form in forms
-    }
-    floats = {f"executorch {name}": value for name, value in section["parity"]["fp32"].items()}
-    check_float_graphs({"graphs": floats, "end_to_end": {}}, settings)
-    section["probe"] = {form: probe(folder, section, form, settings.threads) for form in forms}
+    section["parity"] = {form: compare(ProgramRunner(folder, section, form, settings.threads), samples) for form in forms}
+    floats = section["parity"]["fp32"]["graphs"] | section["parity"]["fp32"]["latents"]
+    check_float_graphs({"graphs": {f"executorch {name}_fp32": value for name, value in floats.items()}, "end_to_end": {}}, settings)
     return section
 
 
-def _parity(runner: ProgramRunner, reference: TorchReference, hidden: Embedder, rows: Sequence[Row]) -> dict[str, Any]:
-    """Each program against torch fp32 on the rows, and the latents after all steps (`end_to_end_<task>`)."""
-    report: dict[str, Any] = {}
-    for task in TASKS:
-        group = [row for row in rows if row.task == task]
-        if not group:
-            continue
-        texts, images = [row.text for row in group], [row.image for row in group]
-        noise, embeddings = runner.initial_noise([row.seed for row in group]), reference.embed(group)
-        states, mask = hidden(group)
-        condition = np.zeros_like(noise)
-        if task == "edit":
-            condition = reference.encode_images(images)
-            report["vae_encoder"] = difference(condition, runner.encode_images(images))
-        if "text_encoder" in runner.programs:
-            name = "text_encoder" if task == "generate" else "edit_encoder"
-            told = runner.encode_prompts(texts) if task == "generate" else runner.encode_edits(images, texts)
-            report[name] = difference(kept(embeddings.states.numpy(), embeddings.mask.numpy()), kept(*told))
-        feeds: list[dict[str, np.ndarray]] = []
-        latents = runner.denoise(noise, condition, states, mask, lambda _index, feed, feeds=feeds: feeds.append(feed))
-        truth = np.stack([reference.velocity(feed) for feed in feeds])
-        report[f"unet_{task}"] = difference(truth, np.stack([runner.run_graph("unet", feed) for feed in feeds]))
-        expected = reference.denoise(noise, condition, embeddings)
-        report[f"end_to_end_{task}"] = difference(expected, latents)
-        report["vae_decoder"] = difference(reference.decode(expected), runner.run_graph("vae_decoder", {"latent": expected}))
-    return report
-
-
-def _write_coreml(
-    folder: Path, source: Source, reference: TorchReference, hidden: Embedder, parity: Sequence[Row]
-) -> dict[str, Any]:
+def _write_coreml(folder: Path, source: Source, reference: TorchReference, settings: ExportSettings) -> dict[str, Any]:
     from trainers.export.coreml import check_package, check_weights, compress, convert, port_table, save_package
 
-    settings = hidden.settings
     (folder / "coreml").mkdir()
     files: dict[str, Any] = {}
-    feeds = trajectory(hidden.runner, hidden, parity)
+    calls = [group.unet_inputs((source.size_px, source.size_px)) for group in load_samples(folder)]
     for name in part_names(settings):
         part = prepare_part(name, source, reference, settings, batch=1)
         with torch.no_grad():
@@ -129,23 +99,23 @@ def _write_coreml(
                 "weights_read_back": record,
             }
             if name == "unet":
-                files[f"{name}_{weights}"]["torch_with_stored_weights"] = _with_weights(part, stored, feeds)
+                files[f"{name}_{weights}"]["torch_with_stored_weights"] = _with_weights(part, stored, calls)
     return {
         "versions": {package: version(package) for package in ("coremltools", "torch")},
         "minimum_system": "iOS 18, macOS 15",
-        "runtime_verified": False,
-        "runtime_note": COREML_NOT_RUN,
+        "verified_runtime": None,
+        "note": NOT_RUN,
         "files": files,
     }
 
 
-def _with_weights(part: Part, weights: dict[str, torch.Tensor], feeds: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+def _with_weights(part: Part, weights: dict[str, torch.Tensor], calls: Sequence[Feed]) -> dict[str, float]:
     """What the stored weights alone change: torch fp32 with them against torch fp32 with the checkpoint's, on the same inputs."""
     changed = copy.deepcopy(part.module)
     changed.load_state_dict(weights, strict=False)
 
     @torch.no_grad()
     def answers(module: torch.nn.Module) -> np.ndarray:
-        return np.concatenate([module(**{name: torch.from_numpy(value) for name, value in feed.items()}).numpy() for feed in feeds])
+        return np.concatenate([module(**{name: torch.from_numpy(value) for name, value in feed.items()}).numpy() for feed in calls])
 
     return difference(answers(part.module), answers(changed))

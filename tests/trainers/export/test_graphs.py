@@ -1,22 +1,18 @@
-"""Sigmas and the two encoder graphs equal their stock counterparts before any ONNX; int8 is where and what it should be."""
+"""Sigmas and the two encoder graphs equal their stock counterparts before any ONNX."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from trainers.conditioning import PromptEncoder
-from trainers.export.quantize import cpu_flags, quantize_unet
 from trainers.export.runner import Runner
 from trainers.export.schedule import deployed_sigmas
-from trainers.export.settings import ExportSettings
 from trainers.export.source import read_source
 from trainers.export.text_graphs import EditEncoderGraph, EditLayout, TextEncoderGraph
 
@@ -84,33 +80,3 @@ def test_encoder_graphs_equal_training_conditioning(checkpoint: Path, hidden_sta
     keep = want.mask.bool()
     assert (states[:, source.drop_edit :][keep] - want.states[keep]).abs().max() < 1e-4
     assert (blind[:, source.drop_edit :][keep] - want.states[keep]).abs().max() > 1e-3
-
-
-def test_int8_guard_against_saturation(bundle: Path, tmp_path: Path) -> None:
-    """The careful kernels are never worse than the plain ones, and on AVX2 without VNNI they are far better."""
-    runner = Runner(bundle, "int8")
-    feeds = []
-    noise = runner.initial_noise([1, 2])
-    hidden, mask = runner.encode_prompts(["a red circle", "a blue square"])
-    Runner(bundle).denoise(noise, np.zeros_like(noise), hidden, mask, lambda _i, feed: feeds.append(feed))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    float_unet = onnxruntime.InferenceSession(str(bundle / "unet.onnx"), options)
-    plain_unet = onnxruntime.InferenceSession(str(bundle / "unet_int8.onnx"), options)
-    truth = np.stack([float_unet.run(None, feed)[0] for feed in feeds])
-    careful = np.abs(np.stack([runner.run_graph("unet", feed) for feed in feeds]) - truth).mean()
-    plain = np.abs(np.stack([plain_unet.run(None, feed)[0] for feed in feeds]) - truth).mean()
-    assert runner.manifest["variants"]["int8"]["session_options"] == {"session.x64quantprecision": "1"}
-    assert careful <= plain * 1.05
-    flags = cpu_flags()
-    if "avx2" in flags and not any("vnni" in flag for flag in flags):
-        assert careful * 2 < plain  # the trap is real on this machine
-
-
-def test_float_layers_stay_float(bundle: Path, tmp_path: Path) -> None:
-    small = {tensor.name for tensor in onnx.load(bundle / "unet_int8.onnx").graph.initializer if tensor.data_type in (2, 3)}
-    assert not any("conv_in" in name or "conv_out" in name for name in small)
-    assert any("conv1.pointwise" in name for name in small)
-    with pytest.raises(ValueError, match="float_layers"):
-        feed = {"sample": np.zeros((1, 4, 8, 16), np.float32)}
-        quantize_unet(bundle / "unet.onnx", tmp_path / "x.onnx", [feed], ExportSettings(float_layers=("unet",)))
