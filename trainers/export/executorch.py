@@ -32,11 +32,13 @@ class Lowered:
     outside: dict[str, int]
 
 
-def lower(part: Part, feeds: Sequence[Feed] = (), float_layers: Sequence[str] = ()) -> Lowered:
+def lower(
+    part: Part, feeds: Sequence[Feed] = (), float_layers: Sequence[str] = (), max_delegates: int | None = MAX_DELEGATES
+) -> Lowered:
     """Compile `part`, prepared with batch 1 and `delegable`, for XNNPACK.
 
     feeds: inputs of any batch to calibrate int8 on; without them the program is fp32. float_layers: layers whose path
-    contains one of these stay float. ValueError where the graph falls into more than MAX_DELEGATES pieces.
+    contains one of these stay float. ValueError where the graph falls into more than max_delegates pieces (None: any number).
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -51,9 +53,9 @@ def lower(part: Part, feeds: Sequence[Feed] = (), float_layers: Sequence[str] = 
             exported, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
         )
         delegates, outside = _count(edge.exported_program().graph_module)
-        if delegates > MAX_DELEGATES:
+        if max_delegates is not None and delegates > max_delegates:
             raise ValueError(
-                f"{part.output} falls into {delegates} XNNPACK delegates, at most {MAX_DELEGATES} are worth it; outside stayed "
+                f"{part.output} falls into {delegates} XNNPACK delegates, at most {max_delegates} are worth it; outside stayed "
                 f"{outside}. Prepare the part with delegable=True, or rewrite these operators in trainers/export/rewrites.py."
             )
         return Lowered(bytes(edge.to_executorch().buffer), delegates, outside)

@@ -15,7 +15,7 @@ import torch
 
 from trainers.export.measure import Embedder, check_float_graphs
 from trainers.export.parity import TorchReference
-from trainers.export.prepare import Part, part_names, prepare_part
+from trainers.export.prepare import ENCODERS, Part, part_names, prepare_part
 from trainers.export.samples import compare, difference, load_samples
 from trainers.export.sensitivity import Feed
 from trainers.export.settings import ExportSettings
@@ -44,14 +44,16 @@ def write_targets(
 def _write_executorch(
     folder: Path, source: Source, reference: TorchReference, settings: ExportSettings, feeds: Sequence[Feed]
 ) -> dict[str, Any]:
-    from trainers.export.executorch import lower
+    from trainers.export.executorch import MAX_DELEGATES, lower
 
     (folder / "executorch").mkdir()
     files: dict[str, Any] = {}
     for name in part_names(settings):
         part = prepare_part(name, source, reference, settings, batch=1, delegable=True)
+        # Encoders run once an image, and their masks and lookups are no work for XNNPACK.
+        most = None if name in ENCODERS else MAX_DELEGATES
         for form in ("fp32", "int8") if name == "unet" and feeds else ("fp32",):
-            lowered = lower(part, feeds if form == "int8" else (), settings.float_layers)
+            lowered = lower(part, feeds if form == "int8" else (), settings.float_layers, most)
             path = folder / "executorch" / f"{name}_{form}.pte"
             path.write_bytes(lowered.program)
             files[f"{name}_{form}"] = {
