@@ -88,7 +88,7 @@ def export_bundle(
     save_samples(draft, make_samples(reference, hidden, rows.parity))
     manifest["parity"], seconds = measure(draft, list(manifest["variants"]), settings.threads)
     check_float_graphs(manifest["parity"], settings)
-    manifest["targets"] = write_targets(draft, source, reference, hidden, feeds)
+    manifest["targets"] = write_targets(draft, source, reference, settings, feeds, manifest["quantization"])
     (draft / "LOOP.md").write_text(describe_loop(manifest))
     (draft / "manifest.schema.json").write_text(manifest_schema())
     manifest["files"] = file_table(draft)

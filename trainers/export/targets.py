@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainers.export.measure import Embedder, check_float_graphs
+from trainers.export.measure import check_float_graphs
 from trainers.export.parity import TorchReference
 from trainers.export.prepare import ENCODERS, Part, part_names, prepare_part
 from trainers.export.samples import compare, difference, load_samples
@@ -26,23 +26,35 @@ NOT_RUN = "converted and read back on Linux; Core ML runs on Apple systems only,
 
 
 def write_targets(
-    folder: Path, source: Source, reference: TorchReference, hidden: Embedder, feeds: Sequence[Feed]
+    folder: Path,
+    source: Source,
+    reference: TorchReference,
+    settings: ExportSettings,
+    feeds: Sequence[Feed],
+    quantization: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write the files of every further target of the settings under folder/<target>; returns the manifest's section about them.
 
     folder: a bundle with its fp32 graphs, samples and manifest. feeds: inputs of the UNet's calls on the calibration rows, which
-    set the ranges of int8; without them there is none. ValueError where a float program is not equal to torch.
+    set the ranges of int8; without them there is none. quantization: the manifest's record, whose blocks that the scan took back
+    to float stay float here too. ValueError where a float program is not equal to torch.
     """
     section: dict[str, Any] = {}
-    if "executorch" in hidden.settings.targets:
-        section["executorch"] = _write_executorch(folder, source, reference, hidden.settings, feeds)
-    if "coreml" in hidden.settings.targets:
-        section["coreml"] = _write_coreml(folder, source, reference, hidden.settings)
+    if "executorch" in settings.targets:
+        blocks = quantization["unet_int8"]["float_blocks"] if feeds else []
+        section["executorch"] = _write_executorch(folder, source, reference, settings, feeds, (*settings.float_layers, *blocks))
+    if "coreml" in settings.targets:
+        section["coreml"] = _write_coreml(folder, source, reference, settings)
     return section
 
 
 def _write_executorch(
-    folder: Path, source: Source, reference: TorchReference, settings: ExportSettings, feeds: Sequence[Feed]
+    folder: Path,
+    source: Source,
+    reference: TorchReference,
+    settings: ExportSettings,
+    feeds: Sequence[Feed],
+    float_layers: Sequence[str],
 ) -> dict[str, Any]:
     from trainers.export.executorch import MAX_DELEGATES, lower
 
@@ -53,7 +65,7 @@ def _write_executorch(
         # Encoders run once an image, and their masks and lookups are no work for XNNPACK.
         most = None if name in ENCODERS else MAX_DELEGATES
         for form in ("fp32", "int8") if name == "unet" and feeds else ("fp32",):
-            lowered = lower(part, feeds if form == "int8" else (), settings.float_layers, most)
+            lowered = lower(part, feeds if form == "int8" else (), float_layers, most)
             path = folder / "executorch" / f"{name}_{form}.pte"
             path.write_bytes(lowered.program)
             files[f"{name}_{form}"] = {
@@ -67,6 +79,7 @@ def _write_executorch(
         "versions": {package: version(package) for package in ("executorch", "torch", "torchao")},
         "backend": "XNNPACK",
         "int8": "static: weights per output channel, activations per tensor, calibrated on the student's own trajectory",
+        "float_layers": list(float_layers),
         "verified_runtime": f"{platform.system()} {platform.machine()}, CPU",
         "files": files,
     }
