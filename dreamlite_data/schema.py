@@ -187,7 +187,8 @@ TRACKING: dict[str, pa.Schema] = {
         checkpoint_id=ID, stage=ID, path=pa.string(), step=pa.int64(), parent_id=ID, dataset=ID, dataset_version=ID, digest=ID
     ),
     "artifacts": _schema(artifact_id=ID, kind=ID, path=pa.string(), bytes=pa.int64(), digest=ID, metrics_json=pa.string()),
-    "evals": _schema(run_id=ID, stage=ID, task=ID, metric=ID, value=pa.float64(), n=pa.int64()),
+    # `low`, `high`: ends of the 95 % interval where `value` is a rate.
+    "evals": _schema(run_id=ID, stage=ID, task=ID, metric=ID, value=pa.float64(), n=pa.int64(), low=pa.float64(), high=pa.float64()),
 }  # fmt: skip
 
 GOVERNANCE: dict[str, pa.Schema] = {

@@ -172,6 +172,33 @@ def stage_lines(stages: Sequence[str], series: Mapping[str, Mapping[str, float]]
     return f'<div class="keys">{keys}</div>{svg}'
 
 
+def rate_grid(stages: Sequence[str], rows: Sequence[tuple[str, Mapping[str, tuple[float, str]]]]) -> str:
+    """Rates of many parts (rows) after each stage (columns) as cells that are the fuller the higher the rate. Each row: its name
+    and, by stage, the rate and the words shown when the pointer rests on it."""
+    if not stages or not rows:
+        return ""
+    left, cell_w, cell_h, top = 132, 74, 22, 24
+    parts = [
+        f'<text x="{left + cell_w * (index + 0.5)}" y="14" text-anchor="middle">{escape(stage.replace("_", " "))}</text>'
+        for index, stage in enumerate(stages)
+    ]
+    for line, (name, values) in enumerate(rows):
+        y = top + cell_h * line
+        parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
+        for index, stage in enumerate(stages):
+            if stage not in values:
+                continue
+            value, words = values[stage]
+            x = left + cell_w * index
+            parts.append(
+                f'<g class="rate"><title>{escape(words)}</title><rect class="full" x="{x}" y="{y}" width="{cell_w - 3}" height="{cell_h - 3}"/>'
+                f'<rect class="part" x="{x}" y="{y}" width="{(cell_w - 3) * value:.1f}" height="{cell_h - 3}"/>'
+                f'<text class="value" x="{x + cell_w / 2 - 1}" y="{y + 14}" text-anchor="middle">{100 * value:.0f}</text></g>'
+            )
+    size = f"{left + cell_w * len(stages)} {top + cell_h * len(rows)}"
+    return f'<svg class="rates" viewBox="0 0 {size}" role="img" aria-label="Rates of each part after each stage">{"".join(parts)}</svg>'
+
+
 def _rate(value: float) -> float:
     return _scale(min(max(value, 0.0), 1.0), 0, 1, 178, 18)
 

@@ -70,6 +70,16 @@ class PipelineConfig(BaseModel):
             raise ValueError(f"evaluate.split is '{chosen}': judge on a split of refresh.policy.splits beside train: {', '.join(name for name in names if name != 'train')}")
         return self
 
+    @model_validator(mode="after")
+    def _sizes_end_at_the_model_s(self) -> PipelineConfig:
+        for stage in STAGES:
+            phases = getattr(getattr(self.train, stage), "size_phases", ())
+            if phases and phases[-1].size_px != self.model.size_px:
+                raise ValueError(
+                    f"train.{stage}.size_phases ends at {phases[-1].size_px} px, but model.size_px is {self.model.size_px}: end with that size"
+                )
+        return self
+
     @property
     def judging(self) -> EvaluateSettings:
         """How stages are judged, with the split by name: validation where there is one, for a test split is for the end."""

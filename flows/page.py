@@ -33,6 +33,7 @@ th,td{padding:6px 12px;text-align:right;border-bottom:1px solid var(--faint);whi
 th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}td small{color:var(--soft);margin-left:6px}
 td.best{font-weight:650;color:var(--accent)}td.text{text-align:left;white-space:normal}
 svg{display:block;width:100%;height:auto}svg text{font:11px ui-sans-serif,system-ui,sans-serif;fill:var(--soft)}
+svg.rates{min-width:620px;max-width:820px}.rate .full{fill:var(--faint)}.rate .part{fill:var(--a1);opacity:.45}.rate .value{fill:var(--ink)}
 svg.dag{min-width:860px}svg.stages{min-width:620px}.node .box{fill:var(--paper);stroke:var(--faint)}.node .name{fill:var(--ink);font-size:13px;font-weight:600}
 .node .bar{fill:var(--accent)}.node.skipped .box{stroke-dasharray:4 3}.node.skipped .bar{fill:var(--soft);opacity:.5}
 .node.failed .box,.node.stopped .box{stroke:var(--bad)}.node.failed .bar{fill:var(--bad)}.edge{fill:none;stroke:var(--soft);opacity:.55;stroke-width:1.2}

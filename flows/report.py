@@ -17,6 +17,14 @@ from flows.step import step_id
 RATES = {"generate": "generate/generate_exact", "edit": "edit/edit_exact"}
 """The two numbers everything else is about: share of held-out prompts and edits answered exactly."""
 
+PARTS = {
+    "Prompts, by number of objects": "generate/generate_exact_",
+    "What is right in them: each object's attributes, and the whole": "generate/generate_part_",
+    "Edits, by kind": "edit/edit_exact_",
+    "Edits: the instruction followed, the rest preserved": "edit/edit_part_",
+}
+"""Breakdowns of the two rates, by the beginning of their metrics' names."""
+
 PIXELS_OF = "SELECT kind, count(DISTINCT id) FROM lineage_of('{artifact}') GROUP BY kind"
 
 
@@ -158,18 +166,41 @@ def _learned(run: Run) -> str:
     names = sorted({f"{row['task']}/{row['metric']}" for row in run.evals}, key=lambda name: ("exact" not in name, name.startswith("edit"), name))
     series = {task: run.values(metric) for task, metric in RATES.items() if run.values(metric)}
     chart = charts.stage_lines(stages, series)
-    groups = tuple(f"{metric}_" for metric in RATES.values())
-    plain = [name for name in names if not name.startswith(groups)]
-    by_kind = [name for name in names if name.startswith(groups)]
-    kinds = _eval_table(run, stages, by_kind, lambda name: name.split("_exact_", 1)[1].replace("_", " "))
-    more = f"<details><summary>Exact answers by kind</summary>{kinds}</details>" if kinds else ""
+    plain = [name for name in names if not _is_part(name)]
+    grids = [(title, _rate_grid(run, stages, prefix)) for title, prefix in PARTS.items()]
+    more = "".join(f'<div class="card"><h3>{title}</h3>{grid}</div>' for title, grid in grids if grid)
     return page.section(
         "What each stage learned",
-        "Every stage answers the same held-out questions; the verifier reads the scene back out of each picture. The best of each row is bold.",
+        "Every stage answers the same held-out questions; the verifier reads the scene back out of each picture. The best of each row is"
+        " bold; ± is half of the 95 % interval, in points.",
         f'<div class="card">{chart}</div>' if chart else "",
         _eval_table(run, stages, plain, _plain_name),
         more,
     )
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(tuple(PARTS.values()))
+
+
+def _rate_grid(run: Run, stages: Sequence[str], prefix: str) -> str:
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in run.evals:
+        name = f"{row['task']}/{row['metric']}"
+        if name.startswith(prefix):
+            part = name.removeprefix(prefix).replace("_", " ")
+            found.setdefault(part, {})[row["stage"]] = (row["value"], f"{part} after {row['stage']}: {_interval(row)}, n = {row['n']}")
+    return charts.rate_grid(stages, sorted(found.items()))
+
+
+def _with_margin(row: dict[str, Any]) -> str:
+    margin = "" if row["low"] is None else f" ±{100 * (row['high'] - row['low']) / 2:.0f}"
+    return f"{row['value']:.1%}{margin}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    ends = "" if row["low"] is None else f" ({row['low']:.1%} to {row['high']:.1%})"
+    return f"{row['value']:.1%}{ends}"
 
 
 def _plain_name(name: str) -> str:
@@ -181,9 +212,10 @@ def _eval_table(run: Run, stages: Sequence[str], names: Sequence[str], label: An
     rows, best = [], []
     for name in names:
         values = run.values(name)
-        counts = {row["n"] for row in run.evals if f"{row['task']}/{row['metric']}" == name}
+        own = {row["stage"]: row for row in run.evals if f"{row['task']}/{row['metric']}" == name}
+        counts = {row["n"] for row in own.values()}
         rate = "exact" in name
-        cells = [(f"{values[s]:.1%}" if rate else number(values[s])) if s in values else "" for s in stages]
+        cells = [(_with_margin(own[s]) if rate else number(values[s])) if s in values else "" for s in stages]
         rows.append([label(name), *cells, "/".join(map(str, sorted(counts)))])
         pick = min if any(word in name for word in ("loss", "seconds", "error")) else max
         top = pick(values.values()) if len(values) > 1 else None

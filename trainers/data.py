@@ -1,4 +1,4 @@
-"""From dataset versions to batches: cached latents and prompt states, and a plan that any resume repeats exactly.
+"""From dataset versions to batches: cached latents and prompt states, panels of the rows' shapes, condition drop-out.
 Every row is encoded once per version of the parts that encode it, whichever stages read it."""
 
 from __future__ import annotations
@@ -7,30 +7,28 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
+import pyarrow as pa
 import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from dreamlite_data.dataset import open_dataset, read_images
 from dreamlite_data.lake import Lake
-from dreamlite_data.progress import Progress
+from trainers.batch_plan import Panel, bucket_panels, crop_box, nearest_panel
 from trainers.conditioning import Embeddings, PromptEncoder, stack
 from trainers.flow import Velocity, guided_velocity, keyed_uniform
 from trainers.model import latent_scale
-from trainers.parallel import map_threads
 from trainers.pixels import to_tensor
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
+from trainers.tensor_cache import TensorCache
 
-ENCODE_ROWS = 32
-PART_ROWS = 2_048  # rows a cache part holds: what a kill -9 can lose
 MASK_CELLS = 8
+COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType({"generate": (), "edit": ("source_image_id",)})
+"""What every recipe needs of a task's rows beyond row_id, image, text and split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,8 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Rows ready for the network. `condition` is the right panel; `null` the states without the prompt (for an edit
-    they still see the source); `weight` [B, 1, H, W] the foreground weight; `positions` the global sample indices."""
+    they still see the source); `weight` [B, 1, H, W] the foreground weight; `size_px` [B, 2] the logical (width, height) of one
+    panel, which time_ids carry; `positions` the global sample indices."""
 
     latents: torch.Tensor
     condition: torch.Tensor
@@ -57,6 +56,7 @@ class Batch:
     null: Embeddings
     is_edit: torch.Tensor
     weight: torch.Tensor
+    size_px: torch.Tensor
     rows: list[Row]
     positions: list[int]
 
@@ -65,17 +65,18 @@ class Batch:
         starts = range(0, len(self.rows), size)
         return [dataclasses.replace(self, **{name: _rows_of(value, start, size) for name, value in vars(self).items()}) for start in starts]
 
-    def guided(self, unet: DreamLiteUNetModel, size_px: int, settings: ReFLSettings | DMD2Settings) -> Velocity:
-        """The deployed guidance on these rows, with the scales that a recipe's settings name."""
+    def guided(self, unet: DreamLiteUNetModel, settings: ReFLSettings | DMD2Settings) -> Velocity:
+        """The deployed guidance on these rows, with the scales and the precision that a recipe's settings name."""
         return guided_velocity(
             unet,
             self.condition,
             self.text,
             self.null,
             self.is_edit,
-            size_px,
+            self.size_px,
             settings.guidance_scale,
             settings.image_guidance_scale,
+            settings.precision,
         )
 
 
@@ -85,49 +86,18 @@ def _rows_of(value: torch.Tensor | Embeddings | list, start: int, size: int) -> 
     return Embeddings(value.states[rows], value.mask[rows]) if isinstance(value, Embeddings) else value[rows]
 
 
-class TensorCache:
-    """Named tensors on disk, append-only: parts of safetensors, each renamed into place when complete."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.values: dict[str, torch.Tensor] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("part-*.safetensors")):
-            with safe_open(path, framework="pt") as part:
-                keys = json.loads(part.metadata()["keys"])
-                flat, lengths = part.get_tensor("flat"), part.get_tensor("lengths").tolist()
-            self.values.update(zip(keys, flat.split(lengths), strict=True))
-
-    def fill(self, keys: Sequence[str], encode: Callable[[list[int]], list[torch.Tensor]], label: str) -> None:
-        """Encode the keys that are missing; `encode` gets indices into `keys` and returns tensors [N_i, ...]."""
-        first = {key: index for index, key in reversed(list(enumerate(keys)))}
-        missing = sorted(index for key, index in first.items() if key not in self.values)
-        if not missing:
-            return
-        with Progress(label, total=len(missing), unit="rows") as bar:
-            for start in range(0, len(missing), PART_ROWS):
-                part = missing[start : start + PART_ROWS]
-                tensors: list[torch.Tensor] = []
-                for encoded in map_threads(encode, [part[at : at + ENCODE_ROWS] for at in range(0, len(part), ENCODE_ROWS)]):
-                    tensors += [tensor.to(torch.float16) for tensor in encoded]
-                    bar.advance(len(encoded))
-                self._write([keys[index] for index in part], tensors)
-
-    def get(self, keys: Sequence[str]) -> list[torch.Tensor]:
-        """The tensors of `keys`, float32."""
-        return [self.values[key].float() for key in keys]
-
-    def _write(self, keys: list[str], tensors: list[torch.Tensor]) -> None:
-        lengths = torch.tensor([len(tensor) for tensor in tensors])
-        name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
-        partial = self.folder / f".{name}.{os.getpid()}.partial"
-        save_file({"flat": torch.cat(tensors).contiguous(), "lengths": lengths}, partial, {"keys": json.dumps(keys)})
-        partial.rename(self.folder / f"part-{name}.safetensors")
-        self.values.update(zip(keys, tensors, strict=True))
-
-
 class TrainingRows:
-    """The rows of one or more dataset versions with everything the network reads, encoded and cached."""
+    """The rows of one or more dataset versions with everything the network reads, encoded and cached.
+
+    Every panel is a square of `size_px`, or with `aspect_buckets` the shape of about that area which is nearest to the target
+    image; an edit's source takes the shape of its target. `logical_size_px` is the size that time_ids tell (default: the real one).
+    """
+
+    panels: Mapping[str, Panel] = MappingProxyType({})
+    """Panels of the rows, by row_id, that are not the square."""
+    image_sizes: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    """(width, height) of stored images; where one is missing its edit mask is taken as it is."""
+    logical_size_px: int | None = None
 
     def __init__(
         self,
@@ -141,53 +111,85 @@ class TrainingRows:
         size_px: int,
         limit: int | None = None,
         encode_images: bool = True,
+        columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        aspect_buckets: bool = False,
+        logical_size_px: int | None = None,
     ) -> None:
-        self.lake, self.size_px = lake, size_px
+        self.lake, self.size_px, self.logical_size_px = lake, size_px, logical_size_px
         self.side = size_px // latent_scale(vae.config)
-        self.rows = read_rows(lake, datasets, split=split, limit=limit)
+        self.rows = read_rows(lake, datasets, split=split, limit=limit, columns=columns)
         self.by_task = {
             task: [index for index, row in enumerate(self.rows) if row.task == task] for task in ("generate", "edit")
         }
+        self.image_sizes = stored_sizes(lake, [row.image_id for row in self.rows])
+        if aspect_buckets:
+            shapes = bucket_panels(size_px)
+            nearest = {row.row_id: nearest_panel(*self.image_sizes[row.image_id], shapes) for row in self.rows}
+            self.panels = {row_id: panel for row_id, panel in nearest.items() if panel != (size_px, size_px)}
         cache = lake.root / "files" / "cache"
         suffix = f"{components_digest[:16]}-{size_px}-{encoder.hidden_state}"
         self.latents = TensorCache(cache / f"latents-{suffix}")
         self.states = TensorCache(cache / f"states-{suffix}")
-        wanted = {row.source_image_id for row in self.rows if row.source_image_id}
+        wanted = {(row.source_image_id, self.panel(row)) for row in self.rows if row.source_image_id}
         if encode_images:
-            wanted |= {row.image_id for row in self.rows}
-        self._fill_latents(sorted(wanted), vae)
+            wanted |= {(row.image_id, self.panel(row)) for row in self.rows}
+        for panel in sorted({panel for _, panel in wanted}):
+            self._fill_latents(sorted(image_id for image_id, shape in wanted if shape == panel), panel, vae)
         self._fill_states(encoder)
 
-    def latent(self, image_ids: Sequence[str]) -> torch.Tensor:
-        """Latents [N, 4, side, side] of images."""
-        return torch.stack([tensor.reshape(4, self.side, self.side) for tensor in self.latents.get(list(image_ids))])
+    def panel(self, row: Row) -> Panel:
+        """(height, width) in pixels of a row's panel."""
+        return self.panels.get(row.row_id, (self.size_px, self.size_px))
+
+    def pools(self) -> dict[Panel, dict[str, list[int]]]:
+        """Indices of the rows by panel and task: what one batch may hold."""
+        pools: dict[Panel, dict[str, list[int]]] = {}
+        for task, indices in self.by_task.items():
+            for index in indices:
+                pools.setdefault(self.panel(self.rows[index]), {}).setdefault(task, []).append(index)
+        return pools
+
+    def latent(self, image_ids: Sequence[str], panel: Panel) -> torch.Tensor:
+        """Latents [N, 4, height, width] of images cut to one panel."""
+        keys = [self._latent_key(image_id, panel) for image_id in image_ids]
+        return torch.stack([tensor.reshape(4, *self._grid(panel)) for tensor in self.latents.get(keys)])
+
+    def _grid(self, panel: Panel) -> tuple[int, int]:
+        """(height, width) of a panel in latents."""
+        return panel[0] * self.side // self.size_px, panel[1] * self.side // self.size_px
+
+    def _latent_key(self, image_id: str, panel: Panel) -> str:
+        return image_id if panel == (self.size_px, self.size_px) else f"{image_id}/{panel[0]}x{panel[1]}"
 
     def batch(self, indices: Sequence[int], positions: Sequence[int], *, with_target: bool = True) -> Batch:
-        """Assemble rows; `with_target=False` leaves `latents` zero (prompts of ReFL and DMD2 need no target)."""
+        """Assemble rows of one panel shape; `with_target=False` leaves `latents` zero (prompts of ReFL and DMD2 need no target)."""
         rows = [self.rows[index] for index in indices]
-        zeros = torch.zeros(len(rows), 4, self.side, self.side)
+        panel = self.panel(rows[0])
+        zeros = torch.zeros(len(rows), 4, *self._grid(panel))
         condition = zeros.clone()
         edits = [index for index, row in enumerate(rows) if row.task == "edit"]
         if edits:
-            condition[edits] = self.latent([rows[index].source_image_id or "" for index in edits])
+            condition[edits] = self.latent([rows[index].source_image_id or "" for index in edits], panel)
+        logical = (self.logical_size_px or self.size_px) / self.size_px
         return Batch(
-            latents=self.latent([row.image_id for row in rows]) if with_target else zeros,
+            latents=self.latent([row.image_id for row in rows], panel) if with_target else zeros,
             condition=condition,
-            text=stack(self.states.get([state_key(row, row.text) for row in rows])),
-            null=stack(self.states.get([state_key(row, None) for row in rows])),
+            text=stack(self.states.get([state_key(row, row.text, self.panels.get(row.row_id)) for row in rows])),
+            null=stack(self.states.get([state_key(row, None, self.panels.get(row.row_id)) for row in rows])),
             is_edit=torch.tensor([row.task == "edit" for row in rows]),
-            weight=torch.stack([foreground(row, self.side) for row in rows]),
+            weight=torch.stack([foreground(row, self._grid(panel), image_size=self.image_sizes.get(row.image_id)) for row in rows]),
+            size_px=torch.tensor([[panel[1] * logical, panel[0] * logical]]).expand(len(rows), 2),
             rows=rows,
             positions=list(positions),
         )
 
-    def _fill_latents(self, image_ids: list[str], vae: AutoencoderTiny) -> None:
+    def _fill_latents(self, image_ids: list[str], panel: Panel, vae: AutoencoderTiny) -> None:
         @torch.no_grad()
         def encode(chunk: list[int]) -> list[torch.Tensor]:
-            pixels = np.stack([np.asarray(image) for image in self.images([image_ids[index] for index in chunk])])
+            pixels = np.stack([np.asarray(image) for image in self.images([(image_ids[index], panel) for index in chunk])])
             return list(vae.encoder(to_tensor(pixels)).flatten(1))
 
-        self.latents.fill(image_ids, encode, "latents")
+        self.latents.fill([self._latent_key(image_id, panel) for image_id in image_ids], encode, "latents")
 
     def _fill_states(self, encoder: PromptEncoder) -> None:
         jobs = [(row, text) for row in self.rows for text in (row.text, None)]
@@ -199,97 +201,96 @@ class TrainingRows:
                 part = [chosen[index] for index in chunk]
                 if task == "generate":
                     return encoder.generate([text for _, text in part]).rows()
-                images = self.images([row.source_image_id or "" for row, _ in part])
+                images = self.images([(row.source_image_id or "", self.panel(row)) for row, _ in part])
                 return encoder.edit(images, [text for _, text in part]).rows()
 
-            self.states.fill([state_key(row, text) for row, text in chosen], encode, f"prompt states, {task}")
+            self.states.fill([state_key(row, text, self.panels.get(row.row_id)) for row, text in chosen], encode, f"prompt states, {task}")
 
         for task in ("generate", "edit"):
             encode_task(task)
 
-    def images(self, image_ids: Sequence[str]) -> list[Image.Image]:
-        """Stored images as RGB squares of `size_px`."""
-        stored = read_images(self.lake, list(dict.fromkeys(image_ids)))
-        decoded = {
-            image_id: square(Image.open(io.BytesIO(content)), self.size_px) for image_id, content in stored.items()
-        }
-        return [decoded[image_id] for image_id in image_ids]
+    def images(self, wanted: Sequence[tuple[str, Panel]]) -> list[Image.Image]:
+        """Stored images as RGB, each cut to its panel."""
+        stored = read_images(self.lake, list(dict.fromkeys(image_id for image_id, _ in wanted)))
+        decoded = {(image_id, panel): fitted(Image.open(io.BytesIO(stored[image_id])), panel) for image_id, panel in dict.fromkeys(wanted)}
+        return [decoded[each] for each in wanted]
 
 
 def read_rows(
-    lake: Lake, datasets: Sequence[tuple[str, int | None]], *, split: str, limit: int | None = None
+    lake: Lake,
+    datasets: Sequence[tuple[str, int | None]],
+    *,
+    split: str,
+    limit: int | None = None,
+    columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> list[Row]:
-    """Rows of one split, in dataset order; raises DatasetError where a dataset has none."""
+    """Rows of one split, in dataset order. `columns` names what a recipe needs of each task beyond what every row has;
+    raises DatasetError where a dataset lacks one, has a row without a value in it, or has no rows."""
     rows: list[Row] = []
+    fields = [field.name for field in dataclasses.fields(Row)]
     for name, version in datasets:
         dataset = open_dataset(lake, name, version)
         dataset.require(["row_id", "task", "image_id", "text", "split"])
-        columns = [field.name for field in dataclasses.fields(Row)]
-        found = [Row(**{column: record[column] for column in columns}) for record in dataset.split(split).to_pylist()]
+        tasks = set(dataset.rows["task"].to_pylist())
+        for task in sorted(tasks & {"generate", "edit"}):
+            dataset.require([*COLUMNS[task], *columns.get(task, ())], task)
+        found = [Row(**{column: record[column] for column in fields}) for record in dataset.split(split).to_pylist()]
         rows += found[:limit] if limit else found
     return rows
 
 
-def square(image: Image.Image, size_px: int) -> Image.Image:
-    """Centre-crop to a square and resize to `size_px` (Lanczos); the same crop for source and target."""
+def stored_sizes(lake: Lake, image_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(width, height) of each stored image."""
+    found = lake.query(
+        "SELECT image_id, width, height FROM images SEMI JOIN wanted ON wanted.id = images.image_id",
+        wanted=pa.table({"id": pa.array(sorted(set(image_ids)), pa.string())}),
+    )
+    return {row["image_id"]: (row["width"], row["height"]) for row in found.to_pylist()}
+
+
+def fitted(image: Image.Image, panel: Panel) -> Image.Image:
+    """Centre-crop to the shape of a panel and resize to it (Lanczos); the same crop for source and target."""
     image = image.convert("RGB")
-    if image.size == (size_px, size_px):
+    if image.size == (panel[1], panel[0]):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((size_px, size_px), Image.Resampling.LANCZOS)
+    return image.crop(crop_box(*image.size, panel)).resize((panel[1], panel[0]), Image.Resampling.LANCZOS)
 
 
-def state_key(row: Row, text: str | None) -> str:
-    """Cache key of prompt states: task, text, and for an edit the source that the encoder sees."""
+def square(image: Image.Image, size_px: int) -> Image.Image:
+    """`fitted` to a square."""
+    return fitted(image, (size_px, size_px))
+
+
+def state_key(row: Row, text: str | None, panel: Panel | None = None) -> str:
+    """Cache key of prompt states: task, text, and for an edit the source that the encoder sees, with a panel that is no square."""
     parts = [row.task, "null" if text is None else "text:" + text, (row.source_image_id or "") if row.task == "edit" else ""]
+    if panel and row.task == "edit":
+        parts.append(f"{panel[0]}x{panel[1]}")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def foreground(row: Row, side: int, cap: float = float("inf")) -> torch.Tensor:
-    """Weight [1, side, side]: log2(A_total / A_edit) + 1 on edited latents, 1 elsewhere and for generate rows.
+def foreground(
+    row: Row, grid: tuple[int, int], cap: float = float("inf"), image_size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Weight [1, height, width]: log2(A_total / A_edit) + 1 on edited latents, 1 elsewhere and for generate rows.
 
     The formula of the paper's foreground loss (DreamLite, also UniWorld-V1 arXiv 2506.03147): 50 % edited -> 2.0,
-    10 % -> 4.32. `cap` bounds it for tiny areas; a recipe applies its own.
+    10 % -> 4.32. `cap` bounds it for tiny areas; a recipe applies its own. The mask is of the whole image, of which a panel of
+    another shape shows a part: `image_size` (width, height) says which.
     """
     if row.task != "edit" or not row.edit_mask:
-        return torch.ones(1, side, side)
-    cells = torch.from_numpy(np.frombuffer(row.edit_mask, dtype=np.uint8).reshape(MASK_CELLS, MASK_CELLS) > 0)
-    mask = torch.nn.functional.interpolate(cells.float()[None, None], size=(side, side), mode="nearest")[0]
-    area = mask.mean().item()
+        return torch.ones(1, *grid)
+    cells = np.frombuffer(row.edit_mask, dtype=np.uint8).reshape(MASK_CELLS, MASK_CELLS) > 0
+    width, height = image_size or (grid[1], grid[0])
+    left, top, right, bottom = crop_box(width, height, grid)
+    down, along = (
+        ((low + (np.arange(count) + 0.5) / count * (high - low)) / whole * MASK_CELLS).astype(int)
+        for low, high, whole, count in ((top, bottom, height, grid[0]), (left, right, width, grid[1]))
+    )
+    mask = torch.from_numpy(cells[down][:, along])[None]
+    area = mask.float().mean().item()
     weight = min(np.log2(1 / area) + 1, cap) if area > 0 else 1.0
-    return torch.where(mask > 0, float(weight), 1.0)
-
-
-class Plan:
-    """Which rows make up batch `step`: exact task counts, a keyed permutation per epoch, a pure function of the seed."""
-
-    def __init__(self, rows: TrainingRows, tasks: dict[str, float], batch: int, key: tuple[int, ...]) -> None:
-        self.rows, self.batch, self.key = rows, batch, key
-        counts = {task: int(round(share * batch)) for task, share in tasks.items()}
-        if sum(counts.values()) != batch or any(count / batch != tasks[task] for task, count in counts.items()):
-            raise ValueError(f"a batch of {batch} cannot hold the task shares {tasks} exactly: change `batch`")
-        for task, count in counts.items():
-            if count and not rows.by_task[task]:
-                raise ValueError(f"the stage trains on {task!r} rows, but its datasets hold none: check `datasets` and `tasks`")
-        self.counts = counts
-        self._orders: dict[tuple[str, int], np.ndarray] = {}
-
-    def indices(self, step: int) -> tuple[list[int], list[int]]:
-        """(row indices, global sample positions) of batch `step`."""
-        chosen: list[int] = []
-        for number, (task, count) in enumerate(self.counts.items()):
-            pool = self.rows.by_task[task]
-            for position in range(step * count, (step + 1) * count):
-                epoch, place = divmod(position, len(pool))
-                chosen.append(pool[self._order(task, number, epoch, len(pool))[place]])
-        return chosen, list(range(step * self.batch, (step + 1) * self.batch))
-
-    def _order(self, task: str, number: int, epoch: int, size: int) -> np.ndarray:
-        if (task, epoch) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[1] >= epoch - 1}
-            self._orders[task, epoch] = np.random.default_rng((*self.key, number, epoch)).permutation(size)
-        return self._orders[task, epoch]
+    return torch.where(mask, float(weight), 1.0)
 
 
 def drop_conditions(batch: Batch, settings: SupervisedSettings, key: tuple[int, ...]) -> Batch:

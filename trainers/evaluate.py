@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dreamlite_data.rewards import RewardModel
 from trainers.conditioning import as_image
 from trainers.data import TrainingRows
 from trainers.flow import interpolate, keyed_normal, predict
+from trainers.grading import Grades, Row, grade_edited, grade_generated, mean_row
 from trainers.inference import Sampler
 from trainers.parallel import map_threads
 from trainers.questions import GRID_IMAGES, Questions, contact_sheet, draw_questions
@@ -30,75 +30,62 @@ VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a checkpoint drew for every question, uint8 [N, H, W, 3] each, and which of it the verifier reads as asked."""
+    """What a checkpoint drew for every question, uint8 [seeds * N, H, W, 3] each, the questions in turn for each seed, and how
+    the verifier grades it."""
 
     questions: Questions
     sources: list[Image.Image]
     drawn: np.ndarray
     edited: np.ndarray
-    drawn_right: list[bool]
-    edited_right: list[bool]
+    drawn_grades: Grades
+    edited_grades: Grades
 
 
 def answer(sampler: Sampler, settings: EvaluateSettings, steps: int | None = None) -> Answers:
     """Draw the answers to all questions, in `steps` steps (default: the settings'), and grade them."""
     questions = draw_questions(settings.prompts, settings.seed)
-    seeds = list(range(settings.prompts))
+    seeds = list(range(settings.prompts * settings.seeds))
     steps = settings.steps if steps is None else steps
     scales = {"guidance_scale": settings.guidance_scale, "image_guidance_scale": settings.image_guidance_scale}
-    drawn = sampler.generate(questions.prompts, seeds, steps=steps, guidance_scale=settings.guidance_scale)
-    sources = [as_image(scenes.render(scene)) for scene in questions.sources]
-    edited = sampler.edit(sources, questions.instructions, seeds, steps=steps, **scales)
-    triples = zip(questions.sources, edited, questions.targets, strict=True)
-    return Answers(
-        questions,
-        sources,
-        drawn,
-        edited,
-        [scenes.matches(image, scene) for image, scene in zip(drawn, questions.wanted, strict=True)],
-        [scenes.edit_matches(source, image, target) for source, image, target in triples],
-    )
+    prompts, instructions = (asked * settings.seeds for asked in (questions.prompts, questions.instructions))
+    drawn = sampler.generate(prompts, seeds, steps=steps, guidance_scale=settings.guidance_scale)
+    sources = [as_image(scenes.render(scene)) for scene in questions.sources] * settings.seeds
+    edited = sampler.edit(sources, instructions, seeds, steps=steps, **scales)
+    return Answers(questions, sources, drawn, edited, grade_generated(drawn, questions), grade_edited(edited, questions))
 
 
 def evaluate_images(
     sampler: Sampler, rewards: dict[str, RewardModel], settings: EvaluateSettings, output: Path, teacher: Sampler | None = None
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """Answer all questions and write grid_generate.png, grid_edit.png and scores.json.
 
-    Returns rows (task, metric, value, n): the exact rates, overall and by kind, and the mean rewards. For a distilled
-    `sampler` its `teacher` answers too, guided and in the student's number of steps: what distillation has to beat.
+    Returns rows (task, metric, value, n, low, high): the exact rates, overall, by kind and by part, and the mean rewards. For a
+    distilled `sampler` its `teacher` answers too, guided and in the student's number of steps: what distillation has to beat.
     """
     found = answer(sampler, settings)
-    questions = found.questions
     rows = _scores("", found, rewards)
-    counts = [f"{len(scene.objects)}_objects" for scene in questions.wanted]
-    rows += _by_group("generate", "generate_exact", counts, found.drawn_right)
-    rows += _by_group("edit", "edit_exact", questions.kinds, found.edited_right)
     if teacher is not None:
         rows += _scores("teacher_", answer(teacher, settings, sampler.distilled_steps), rewards)
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, GRID_IMAGES)
-    contact_sheet(
-        [[image] for image in found.drawn[shown]], questions.prompts[shown], found.drawn_right[shown], output / "grid_generate.png"
-    )
+    prompts, instructions = found.questions.prompts[shown], found.questions.instructions[shown]
+    contact_sheet([[image] for image in found.drawn[shown]], prompts, found.drawn_grades.right[shown], output / "grid_generate.png")
     pairs = [[np.asarray(source), image] for source, image in zip(found.sources[shown], found.edited[shown], strict=True)]
-    contact_sheet(pairs, questions.instructions[shown], found.edited_right[shown], output / "grid_edit.png")
+    contact_sheet(pairs, instructions, found.edited_grades.right[shown], output / "grid_edit.png")
     (output / "scores.json").write_text(json.dumps(rows, indent=2))
     return rows
 
 
-def _scores(prefix: str, found: Answers, rewards: dict[str, RewardModel]) -> list[dict[str, object]]:
-    """The exact rate of each task, and the mean reward of each that has a reward model."""
-    rows = [
-        _row("generate", f"{prefix}generate_exact", found.drawn_right),
-        _row("edit", f"{prefix}edit_exact", found.edited_right),
-    ]
+def _scores(prefix: str, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
+    """The rates of each task, and the mean reward of each that has a reward model."""
+    rows = found.drawn_grades.rows(prefix) + found.edited_grades.rows(prefix)
+    times = len(found.drawn) // len(found.questions.prompts)
     if "generate" in rewards:
-        mu = score_side_by_side(rewards["generate"], found.drawn, found.questions.prompts)
-        rows.append(_row("generate", f"{prefix}reward_generate", mu))
+        mu = score_side_by_side(rewards["generate"], found.drawn, found.questions.prompts * times)
+        rows.append(mean_row("generate", f"{prefix}reward_generate", mu))
     if "edit" in rewards:
-        mu = score_side_by_side(rewards["edit"], found.edited, found.questions.instructions, found.sources)
-        rows.append(_row("edit", f"{prefix}reward_edit", mu))
+        mu = score_side_by_side(rewards["edit"], found.edited, found.questions.instructions * times, found.sources)
+        rows.append(mean_row("edit", f"{prefix}reward_edit", mu))
     return rows
 
 
@@ -116,7 +103,7 @@ def score_side_by_side(
 
 
 @torch.no_grad()
-def velocity_loss(sampler: Sampler, rows: TrainingRows, settings: EvaluateSettings) -> list[dict[str, object]]:
+def velocity_loss(sampler: Sampler, rows: TrainingRows, settings: EvaluateSettings) -> list[Row]:
     """Held-out flow-matching loss per task on a fixed grid of times and keyed noise, without foreground weight."""
     results = []
     for task, indices in rows.by_task.items():
@@ -128,22 +115,11 @@ def velocity_loss(sampler: Sampler, rows: TrainingRows, settings: EvaluateSettin
             times = torch.tensor([VELOCITY_TIMES[position % len(VELOCITY_TIMES)] for position in data.positions])
             noise = keyed_normal((settings.seed, 6), data.positions, tuple(data.latents.shape[1:]))
             velocity = predict(
-                sampler.unet, interpolate(data.latents, noise, times), times, data.condition, data.text, rows.size_px
+                sampler.unet, interpolate(data.latents, noise, times), times, data.condition, data.text, data.size_px
             )
             return ((velocity - (noise - data.latents)) ** 2).mean(dim=(1, 2, 3)).tolist()
 
         losses = [loss for part in map_threads(losses_of, range(0, len(chosen), VELOCITY_BATCH)) for loss in part]
         if losses:
-            results.append(_row(task, "velocity_loss", losses))
+            results.append(mean_row(task, "velocity_loss", losses))
     return results
-
-
-def _row(task: str, metric: str, values: Sequence[float]) -> dict[str, object]:
-    return {"task": task, "metric": metric, "value": float(np.mean(values)), "n": len(values)}
-
-
-def _by_group(task: str, metric: str, groups: Sequence[str], values: Sequence[bool]) -> list[dict[str, object]]:
-    grouped = defaultdict(list)
-    for group, value in zip(groups, values, strict=True):
-        grouped[group].append(value)
-    return [_row(task, f"{metric}_{group}", found) for group, found in sorted(grouped.items())]

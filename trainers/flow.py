@@ -12,6 +12,7 @@ import torch
 from diffusers import DreamLiteUNetModel, FlowMatchEulerDiscreteScheduler
 
 from trainers.conditioning import Embeddings
+from trainers.settings import Precision
 
 # Constants of the released scheduler (dynamic shift: base 0.5 at 256 tokens, 1.15 at 4096).
 SCHEDULER_CONFIG: dict[str, Any] = {
@@ -52,7 +53,18 @@ def draw_times(uniform: torch.Tensor, law: str, shift: float) -> torch.Tensor:
         t = uniform
     else:
         raise ValueError(f"timestep_law {law!r} is unknown: choose uniform or logit_normal")
+    return shifted(t, shift)
+
+
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """The static shift t' = a t / (1 + (a - 1) t) (SD3, arXiv 2403.03206, section 5.3.2); above 1 it favours noise."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def min_snr_weight(t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weight of a velocity loss that makes the data loss count min(SNR, gamma) times (arXiv 2303.09556): the data error is t
+    times the velocity error and SNR = ((1 - t) / t)^2, so t^2 min(SNR, gamma) = min((1 - t)^2, gamma t^2)."""
+    return torch.minimum((1 - t) ** 2, gamma * t**2)
 
 
 def dynamic_shift(height: int, width: int, config: dict[str, Any]) -> float:
@@ -71,20 +83,37 @@ def deployed_sigmas(steps: int, height: int, width: int, config: dict[str, Any] 
 
 
 def predict(
-    unet: DreamLiteUNetModel, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, text: Embeddings, size_px: int
+    unet: DreamLiteUNetModel,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    condition: torch.Tensor,
+    text: Embeddings,
+    size_px: int | torch.Tensor,
+    precision: Precision = "float32",
 ) -> torch.Tensor:
-    """Velocity [B, C, H, W] of the left panel. `condition` is the right panel (zeros to generate, source latents to
-    edit), `t` [B] in [0, 1]; `time_ids` carry (width, height) of one panel."""
-    time_ids = torch.full((len(x), 2), float(size_px))
-    output = unet(
-        torch.cat([x, condition], dim=3),
-        timestep=t * TRAIN_TIMESTEPS,
-        encoder_hidden_states=text.states,
-        encoder_attention_mask=text.mask,
-        added_cond_kwargs={"time_ids": time_ids},
-        return_dict=False,
-    )[0]
-    return output[..., : x.shape[3]]
+    """Velocity [B, C, H, W], float32, of the left panel. `condition` is the right panel (zeros to generate, source latents to
+    edit), `t` [B] in [0, 1]; `time_ids` carry (width, height) of one panel: `size_px` is them [B, 2], or the side of a square.
+    `precision` is that of the network's arithmetic; weights, x and t are float32 in either."""
+    time_ids = torch.full((len(x), 2), float(size_px)) if isinstance(size_px, int) else size_px
+    with computing_in(precision, x.device.type):
+        output = unet(
+            torch.cat([x, condition], dim=3),
+            timestep=t * TRAIN_TIMESTEPS,
+            encoder_hidden_states=text.states,
+            encoder_attention_mask=text.mask,
+            added_cond_kwargs={"time_ids": time_ids},
+            return_dict=False,
+        )[0]
+    return output[..., : x.shape[3]].float()
+
+
+def computing_in(precision: Precision, device_type: str) -> torch.autocast:
+    """Autocast for one call of a network.
+
+    Its cache of cast weights is off: it is shared by all threads, and a cast made without gradients (a rollout on one thread)
+    would be handed to a call that needs them (training on another), whose weights would then silently not train.
+    """
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
 def guide_generate(null: torch.Tensor, full: torch.Tensor, scale: float) -> torch.Tensor:
@@ -108,9 +137,10 @@ def guided_velocity(
     text: Embeddings,
     null: Embeddings,
     is_edit: torch.Tensor,
-    size_px: int,
+    size_px: int | torch.Tensor,
     scale: float,
     image_scale: float,
+    precision: Precision = "float32",
 ) -> Velocity:
     """The deployed guidance for a batch that may mix both tasks: a function (x, sigma) -> guided v.
 
@@ -121,14 +151,14 @@ def guided_velocity(
 
     def velocity(x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         t = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))
-        full = predict(unet, x, t, condition, text, size_px)
+        full = predict(unet, x, t, condition, text, size_px, precision)
         if scale == 1.0 and image_scale == 1.0:
             return full
-        image = predict(unet, x, t, condition, null, size_px)
+        image = predict(unet, x, t, condition, null, size_px, precision)
         if image_scale == 1.0 or not bool(is_edit.any()):
             # With image scale 1 the edit formula is v_image + s (v_full - v_image): the same as for generate.
             return guide_generate(image, full, scale)
-        blank = predict(unet, x, t, zeros, null, size_px)
+        blank = predict(unet, x, t, zeros, null, size_px, precision)
         guided = guide_edit(blank, image, full, scale, image_scale)
         return torch.where(edit, guided, guide_generate(image, full, scale))
 

@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from dreamlite_data.progress import Progress
 from trainers.data import Batch
+from trainers.nonfinite import NonFiniteError, require_finite, stop
 from trainers.parallel import map_threads
 
 LOG_EVERY = 10
@@ -34,10 +37,18 @@ class Recipe(Protocol):
 
 
 class Ema:
-    """Exponential moving average of a network in float32: e <- b e + (1 - b) w, with b warmed up as (1 + n) / (10 + n)."""
+    """Moving average of a network in float32: e <- b e + (1 - b) w.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    b is `decay`, warmed up as (1 + n) / (10 + n); or, with the relative `width` of a power law, (1 - 1 / n)^(g + 1) (EDM2,
+    arXiv 2312.02696, section 3.1). Raises ValueError for weights of less than float32: at small learning rates they stand still.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, width: float | None = None) -> None:
+        narrow = {str(value.dtype) for value in module.parameters() if value.dtype in (torch.bfloat16, torch.float16)}
+        if narrow:
+            raise ValueError(f"the weights to train are {', '.join(narrow)}: load them in float32 and set `precision: bfloat16`")
         self.decay, self.updates = decay, 0
+        self.exponent = None if width is None else power_exponent(width) + 1
         self.weights = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
 
     @torch.no_grad()
@@ -45,12 +56,19 @@ class Ema:
         """Fold in the weights after one optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.exponent is not None:
+            decay = (1 - 1 / self.updates) ** self.exponent
         values = module.state_dict()
         torch._foreach_lerp_([self.weights[name] for name in values], [value.float() for value in values.values()], 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Load the average into a network."""
         module.load_state_dict(self.weights)
+
+
+def power_exponent(width: float) -> float:
+    """g of a power-law average of relative width s: s^2 = (g + 1) / ((g + 2)^2 (g + 3)), solved as EDM2's appendix C does."""
+    return float(max(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real))
 
 
 def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_every_s: float = 30.0) -> dict[str, float]:
@@ -60,7 +78,7 @@ def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_ever
 
     Writes output/metrics.jsonl (one line a logged value) and output/state.pt (weights, optimizers, average, position),
     the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
-    Raises FloatingPointError with the step's number where a metric is not finite.
+    Raises FloatingPointError with the step's number where a loss, gradient or metric is not finite; see `nonfinite` for its rows.
     """
     output.mkdir(parents=True, exist_ok=True)
     start = _resume(recipe, output)
@@ -74,7 +92,10 @@ def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_ever
             stopped = _stop_reason(recipe)
             if stopped:
                 break
-            metrics = recipe.step(index)
+            try:
+                metrics = recipe.step(index)
+            except NonFiniteError as error:
+                raise stop(error, label, index, output) from None
             broken = [name for name, value in metrics.items() if not math.isfinite(value)]
             if broken:
                 raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
@@ -117,6 +138,7 @@ def batch_gradient(
         value, logs = loss(part)
         share = len(part.rows) / len(batch.rows)
         gradients = torch.autograd.grad(value * share, parameters, allow_unused=True)
+        require_finite(value, gradients, part, parameters, loss)
         return gradients, {"loss": value.item(), **logs}
 
     results = list(map_threads(one, batch.split(micro_batch)))
@@ -171,11 +193,17 @@ def _resume(recipe: Recipe, output: Path) -> int:
     path = output / "state.pt"
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
-    for name, module in recipe.modules.items():
-        module.load_state_dict(state["modules"][name])
-    for name, optimizer in recipe.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
+    try:
+        for name, module in recipe.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimizer in recipe.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not of this stage's network and settings ({str(error).splitlines()[0]}): give another output folder") from None
     recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]
     return int(state["position"])
 

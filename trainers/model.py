@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
+from safetensors import SafetensorError
 
 from trainers.flow import SCHEDULER_CONFIG
 from trainers.settings import ModelSettings
@@ -85,8 +86,11 @@ def build_unet(settings: ModelSettings, text_width: int, side: int, seed: int = 
 
 
 def load_unet(checkpoint: Path) -> DreamLiteUNetModel:
-    """The UNet of a checkpoint folder, float32."""
-    return DreamLiteUNetModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32)
+    """The UNet of a checkpoint folder, float32. Raises ValueError where its files are damaged or do not fit each other."""
+    try:
+        return DreamLiteUNetModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint / 'unet'} cannot be read ({str(error).splitlines()[0]}): train that stage again or name another") from None
 
 
 def load_vae(folder: Path) -> AutoencoderTiny:

@@ -24,6 +24,7 @@ __all__ = [
 
 
 OptimizerName = Literal["adamw", "muon"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class ComponentsSettings(StrictSettings):
@@ -51,6 +52,18 @@ class ModelSettings(StrictSettings):
     attention_at_full_resolution: bool = Field(True, description="false: blocks of the official pattern, for larger latents")
     layers: int = Field(1, gt=0, description="resnet and attention layers of each down block")
     head_width: int = 32
+    aspect_buckets: bool = Field(
+        False, description="train on panels of about size_px x size_px pixels in the shape nearest to each image; false: squares"
+    )
+
+
+class SizePhase(StrictSettings):
+    """A part of a stage that trains at a size of its own."""
+
+    size_px: int = Field(gt=0, multiple_of=8, description="side of the square panel")
+    steps: int = Field(gt=0)
+    logical_size_px: int | None = Field(None, gt=0, description="size that time_ids tell the network; null: size_px")
+    micro_batch: int | None = Field(None, gt=0, description="null: that of the stage; small panels leave room for more rows")
 
 
 class SupervisedSettings(StrictSettings):
@@ -68,13 +81,37 @@ class SupervisedSettings(StrictSettings):
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.995, ge=0, lt=1)
+    ema_width: float | None = Field(
+        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
+    )
     timestep_law: Literal["uniform", "logit_normal"] = "uniform"
     timestep_shift: float = Field(1.0, gt=0, description="t' = a t / (1 + (a - 1) t); above 1 favours noise")
+    stratified_times: bool = Field(True, description="spread the times of a batch evenly, which is unbiased; false: draw each alone")
+    min_snr_gamma: float | None = Field(None, gt=0, description="weight the data loss by min(SNR, gamma), 5 in the paper; null: weight 1")
     drop_text: float = Field(0.10, ge=0, lt=1, description="share of generate rows whose prompt is dropped")
     drop_text_edit: float = Field(0.05, ge=0, lt=1, description="share of edit rows that lose only the instruction")
     drop_both_edit: float = Field(0.05, ge=0, lt=1, description="share of edit rows that lose instruction and source")
     foreground_weight: bool = Field(True, description="weight log2(total / edited area) + 1 on the edited latents")
     foreground_weight_cap: float = Field(5.0, ge=1)
+    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
+    size_phases: tuple[SizePhase, ...] = Field((), description="sizes in their order, the model's size_px last; none: that alone")
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns that rows of a task must have a value in, beyond those of every recipe."""
+        return {"edit": ("edit_mask",)} if self.foreground_weight else {}
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the target images are encoded."""
+        return True
+
+    @model_validator(mode="after")
+    def _phases_make_up_the_stage(self) -> SupervisedSettings:
+        steps = sum(phase.steps for phase in self.size_phases)
+        if self.size_phases and steps != self.steps:
+            raise ValueError(f"the steps of `size_phases` must sum to `steps` = {self.steps}, not {steps}")
+        return self
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> SupervisedSettings:
@@ -104,6 +141,7 @@ class ReFLSettings(StrictSettings):
     hinge_margin: float = Field(1.5, description="b, in standard deviations above the start model's mean reward")
     reward_weight: float = Field(0.02, ge=0)
     velocity_weight: float = Field(1.0, ge=0, description="MSE to the frozen start model's velocity")
+    norm_guard_weight: float = Field(0.0, ge=0, description="penalty on a velocity norm above the start model's (NormGuard); 0: none")
     second_scorers: dict[Literal["generate", "edit"], SecondScorerSettings] = Field(
         {}, description="scorers that training does not follow, by task; training stops where one falls while the reward rises"
     )
@@ -113,8 +151,22 @@ class ReFLSettings(StrictSettings):
     learning_rate: float = Field(1e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)
+    ema_width: float | None = Field(
+        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
+    )
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
+    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns that rows of a task must have a value in: prompts and sources alone."""
+        return {}
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the target images are encoded."""
+        return False
 
 
 class DMD2Settings(StrictSettings):
@@ -131,10 +183,28 @@ class DMD2Settings(StrictSettings):
     fake_learning_rate: float = Field(4e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)
+    ema_width: float | None = Field(
+        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
+    )
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
     score_time_low: float = Field(0.02, ge=0)
     score_time_high: float = Field(0.98, le=1)
+    score_time_shift: float = Field(1.0, gt=0, description="static shift of the score times before they are clamped to both bounds")
+    gan_weight: float = Field(0.0, ge=0, description="weight of the student's adversarial loss, 5e-3 in the paper; 0: no discriminator")
+    gan_fake_weight: float = Field(1e-2, gt=0, description="weight of the discriminator's loss beside that of the fake score")
+    gan_time_high: float = Field(1.0, gt=0, le=1, description="the discriminator sees rows noised to times below this")
+    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns that rows of a task must have a value in: prompts and sources alone."""
+        return {}
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the target images are encoded: they are the discriminator's real rows."""
+        return self.gan_weight > 0
 
 
 class TrainSettings(StrictSettings):
@@ -152,6 +222,7 @@ class EvaluateSettings(StrictSettings):
     """How a checkpoint is judged: by the scene verifier, the rewards and the held-out velocity loss."""
 
     prompts: int = Field(192, gt=0, description="held-out prompts, and as many held-out edits")
+    seeds: int = Field(1, gt=0, description="pictures drawn of each of them, each from noise of its own")
     steps: int = Field(10, gt=0, description="sampling steps (the distilled student always takes its own four)")
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0

@@ -74,18 +74,25 @@ def train_stage(
     else:
         check_hidden_state(parent, model)
         unet = load_unet(parent)
-    prompts_only = not isinstance(settings, SupervisedSettings)
-    rows = TrainingRows(
-        lake,
-        [(name, datasets[name]) for name in settings.datasets],
-        split="train",
-        vae=vae,
-        encoder=encoder,
-        components_digest=encoders_digest(components),
-        size_px=model.size_px,
-        encode_images=not prompts_only,
-    )
+
+    def rows_of(size_px: int, logical_size_px: int | None = None) -> TrainingRows:
+        return TrainingRows(
+            lake,
+            [(name, datasets[name]) for name in settings.datasets],
+            split="train",
+            vae=vae,
+            encoder=encoder,
+            components_digest=encoders_digest(components),
+            size_px=size_px,
+            encode_images=settings.reads_targets,
+            columns=settings.columns,
+            aspect_buckets=model.aspect_buckets,
+            logical_size_px=logical_size_px,
+        )
+
     key = (seed, STAGES.index(stage))
+    phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
+    rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):

@@ -1,6 +1,7 @@
 """The small world: coloured shapes whose truth is known exactly.
 A scene can be drawn, described, edited by instruction, and read back out of any image."""
 
+from dreamlite_data.scenes.agreement import edit_agreement, scene_agreement
 from dreamlite_data.scenes.edits import (
     EDIT_KINDS,
     Edit,
@@ -41,6 +42,7 @@ __all__ = [
     "apply_edit",
     "caption",
     "describe_difference",
+    "edit_agreement",
     "edit_matches",
     "instruction",
     "matches",
@@ -49,4 +51,5 @@ __all__ = [
     "render",
     "sample_edit",
     "sample_scene",
+    "scene_agreement",
 ]

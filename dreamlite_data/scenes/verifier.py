@@ -71,11 +71,14 @@ def edit_matches(source: Scene, image: np.ndarray, target: Scene, drift_px: floa
     """True where `image` shows exactly `target` and every object that the edit left alone stands where it stood in
     `source`, to `drift_px` px."""
     found = read_scene(image).scene
-    if found is None or found.key() != target.key():
-        return False
+    return found is not None and found.key() == target.key() and not misplaced(source, found, target, drift_px)
+
+
+def misplaced(source: Scene, found: Scene, target: Scene, drift_px: float = 3.0) -> bool:
+    """True where an object that the edit leaves alone and that was `found` stands elsewhere than in `source`, by over `drift_px` px."""
     places = {item.key(): item.centre_px() for item in found.objects}
-    kept = [item for item in source.objects if item in target.objects]
-    return all(np.hypot(*np.subtract(places[item.key()], item.centre_px())) <= drift_px for item in kept)
+    kept = [item for item in source.objects if item in target.objects and item.key() in places]
+    return any(np.hypot(*np.subtract(places[item.key()], item.centre_px())) > drift_px for item in kept)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def test_overrides_take_yaml_values_at_any_depth_and_in_lists():
         ("train.t2i.steps=-3", "setting 'train.t2i.steps' in --set 'train.t2i.steps=-3': input should be greater than 0, not -3"),
         ("seed", "--set 'seed' is not of the form name.of.setting=value"),
         ("seed.x=1", "'seed' is a single value in this preset and has no 'x'"),
-        ("gates.9.max_drop=1", "must be the index of one of 4 list items"),
+        ("gates.9.max_drop=1", "must be the index of one of 9 list items"),
         ("gates=[{after: evaluate_nothing, metric: a/b, min: 1}]", "no step with gates 'evaluate_nothing'"),
         ("gates=[{after: evaluate_t2i, metric: a/b, compared_to: evaluate_sft, max_drop: 1}]", "'evaluate_sft' must come before"),
         ("gates=[{after: evaluate_t2i, metric: a/b}]", "a gate needs 'min'"),
@@ -81,3 +81,11 @@ def test_stages_are_judged_on_a_split_that_the_datasets_have(splits, chosen, jud
     for wrong in ("train", "heldout" if splits != "{}" else "test"):
         with pytest.raises(ConfigError, match=f"evaluate.split is '{wrong}': judge on a split of refresh.policy.splits beside train"):
             load_config("mini", [f"refresh.policy.splits={splits}", f"evaluate.split={wrong}"])
+
+
+def test_a_curriculum_of_sizes_ends_at_the_size_of_the_model():
+    paper = load_config("paper")
+    assert [phase.size_px for phase in paper.train.t2i.size_phases] == [256, 512, 1024] and paper.model.aspect_buckets
+    with pytest.raises(ConfigError, match="train.t2i.size_phases ends at 1024 px, but model.size_px is 512"):
+        load_config("paper", ["model.size_px=512"])
+    assert not load_config("mini").train.t2i.size_phases

@@ -115,7 +115,8 @@ def _edge(child_kind: str, child: str, parent_kind: str, parent: str | None, rol
 
 
 def _eval(run: str, stage: str, task: str, metric: str, value: float) -> dict[str, Any]:
-    return {"run_id": run, "stage": stage, "task": task, "metric": metric, "value": value, "n": 192}
+    ends = {"low": value - 0.07, "high": value + 0.05} if "exact" in metric else {}
+    return {"run_id": run, "stage": stage, "task": task, "metric": metric, "value": value, "n": 192, **ends}
 
 
 class Page(HTMLParser):
@@ -181,6 +182,12 @@ def test_numbers_reach_the_page(html: str) -> None:
     assert html.count("data:image/png") == 12
     assert html.count('class="curve"') == 6
     assert "3 images" in text and _id("t2i") in text and "t2i@1" in text
+
+
+def test_a_breakdown_is_a_grid_of_rates_with_their_intervals(html: str) -> None:
+    assert "Edits, by kind" in html and "recolour after dmd2: 75.0% (68.0% to 80.0%), n = 192" in html
+    assert "Edits: the instruction followed" not in html  # nothing was measured by part: no empty card
+    assert "85.0% ±6" in html and "edit: exact recolour" not in html
 
 
 def test_every_step_is_a_box_with_its_time(html: str) -> None:

@@ -5,11 +5,15 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainers.conftest import TINY_MODEL
 from tests.trainers.synthetic import SceneRows
-from trainers.conditioning import PromptEncoder
-from trainers.data import Plan, Row, drop_conditions, foreground
+from tests.trainers.toys import IDENTITY_VAE, PointNet, PointRows
+from trainers import flow
+from trainers.batch_plan import Plan
+from trainers.conditioning import EDIT_TEMPLATE, GENERATE_TEMPLATE, PromptEncoder
+from trainers.data import Row, drop_conditions, foreground
 from trainers.loop import Ema, run
 from trainers.model import build_unet, load_vae
 from trainers.recipes.dmd2 import DMD2Recipe, matching_gradient
@@ -69,7 +73,7 @@ def test_non_finite_loss_stops_with_the_step(rows, tmp_path):
 
 
 def test_plan_counts_tasks_exactly_and_shows_each_row_once_an_epoch(rows):
-    plan = Plan(rows, {"generate": 0.5, "edit": 0.5}, 4, (0,))
+    plan = Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, 4, (0,))
     seen = []
     for step in range(6):  # 6 batches x 2 rows = 12 rows of each task: one epoch
         indices, positions = plan.indices(step)
@@ -80,7 +84,7 @@ def test_plan_counts_tasks_exactly_and_shows_each_row_once_an_epoch(rows):
     assert sorted(seen) == list(range(24))
     assert plan.indices(6)[0] != plan.indices(0)[0], "a new epoch has an order of its own"
     with pytest.raises(ValueError, match="exactly"):
-        Plan(rows, {"generate": 0.5, "edit": 0.5}, 5, (0,))
+        Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, 5, (0,))
 
 
 def test_drop_out_rates_are_the_settings_and_repeat_on_resume(rows):
@@ -105,17 +109,34 @@ def test_drop_out_rates_are_the_settings_and_repeat_on_resume(rows):
             assert not (zero & ~is_null).any(), "the source is never dropped alone: inference never does"
     for name, share in (("generate", 0.1), ("edit_text", 0.05), ("edit_both", 0.05)):
         assert abs(counts[name] / total - share) < 3 * (share * (1 - share) / total) ** 0.5
+    # Two independent draws at the same rates, the mistake, would drop the source alone on nearly all rows that lose it.
+    text, source = (torch.rand(total, generator=torch.Generator().manual_seed(seed)) < 0.1 for seed in (0, 1))
+    assert (source & ~text).sum() > 0.5 * source.sum()
+
+
+def test_the_null_prompt_is_the_template_without_its_task(components, monkeypatch):
+    """What the pipelines feed as the negative prompt: the bare template, with no `[Generate]` or `[Edit]` before the empty text."""
+    encoder = PromptEncoder.load(components, "post_norm")
+    fed = []
+    monkeypatch.setattr(encoder, "_kept", lambda ids, mask, drop, **vision: fed.append(encoder.tokenizer.decode(ids[0][mask[0].bool()])))
+    image = Image.new("RGB", (64, 64))
+    encoder.generate([None])
+    encoder.edit([image], [None])
+    encoder.generate([""])
+    assert fed[0] == GENERATE_TEMPLATE.replace("{}", "")
+    assert fed[1].replace("<|image_pad|>", "") == EDIT_TEMPLATE.replace("{}", "").replace("<|image_pad|>", "")
+    assert "[Generate]" in fed[2], "an empty prompt is not the null prompt"
 
 
 def test_foreground_weight_values():
     def row(cells):
         return Row("r", "edit", "t", "s", "x", None, bytes([255] * cells + [0] * (64 - cells)))
 
-    assert foreground(row(32), 8).max().item() == pytest.approx(2.0)
-    assert foreground(row(64), 8).unique().tolist() == [1.0]
-    assert foreground(row(16), 8).max().item() == pytest.approx(3.0)
-    assert foreground(row(1), 8, cap=5.0).max().item() == 5.0
-    assert foreground(dataclasses.replace(row(0), edit_mask=None), 8).unique().tolist() == [1.0]
+    assert foreground(row(32), (8, 8)).max().item() == pytest.approx(2.0)
+    assert foreground(row(64), (8, 8)).unique().tolist() == [1.0]
+    assert foreground(row(16), (8, 8)).max().item() == pytest.approx(3.0)
+    assert foreground(row(1), (8, 8), cap=5.0).max().item() == 5.0
+    assert foreground(dataclasses.replace(row(0), edit_mask=None), (8, 8)).unique().tolist() == [1.0]
 
 
 def test_ema_matches_its_closed_form():
@@ -202,6 +223,87 @@ def test_dmd2_moves_student_and_fake_and_nothing_else(rows):
     student = {name: value.clone() for name, value in recipe.student.state_dict().items()}
     recipe._fake_step(1, 0)
     assert all(torch.equal(student[name], value) for name, value in recipe.student.state_dict().items())
+
+
+POINTS = PointRows(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), 0.2)
+
+
+def test_dmd2_takes_five_fake_steps_for_each_of_the_student_and_each_moves_its_own():
+    """Over 50 steps: what an optimizer steps on changes, and nothing else does at that moment."""
+    torch.manual_seed(0)
+    settings = DMD2Settings(steps=50, batch=2, micro_batch=2, fake_steps=5, fake_warmup_steps=0)
+    recipe = DMD2Recipe(PointNet(2, width=8), POINTS, settings, (0, 5))
+    counts = {"student": 0, "fake": 0}
+    nets = {"student": recipe.student, "fake": recipe.fake, "teacher": recipe.teacher}
+
+    def counted(name, step):
+        def call():
+            before = {other: [value.clone() for value in net.state_dict().values()] for other, net in nets.items()}
+            step()
+            counts[name] += 1
+            for other, net in nets.items():
+                same = all(torch.equal(a, b) for a, b in zip(before[other], net.state_dict().values(), strict=True))
+                assert same == (other != name), f"{other} at a step of {name}"
+
+        return call
+
+    for name, optimizer in recipe.optimizers.items():
+        optimizer.step = counted(name, optimizer.step)
+    for index in range(50):
+        recipe.step(index)
+    assert counts == {"student": 50, "fake": 250}
+    assert recipe.ema.updates == 50, "the average follows the student alone"
+
+
+class Weighed(torch.nn.Module):
+    """A reward with a weight of its own that would take a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def differentiable(self, images, prompts, sources=None):
+        return self.weight * (images[:, 0] ** 2).mean((1, 2))
+
+
+def test_refl_differentiates_one_step_of_the_rollout_and_nothing_else():
+    """Against finite differences along a random direction: equal where the rollout is held, and not where it moves along."""
+    torch.manual_seed(0)
+    reward = Weighed()
+    settings = ReFLSettings(
+        steps=1, batch=2, micro_batch=2, rollout_steps=4, sigma_high=1.0, hinge="none", reward_weight=1.0, velocity_weight=0.0,
+        clip_norm=1e9, learning_rate=1e-9, guidance_scale=2.0,
+    )  # fmt: skip
+    recipe = ReFLRecipe(PointNet(2), IDENTITY_VAE, dict.fromkeys(("generate", "edit"), reward), POINTS, settings, (0, 4))
+    graded = []
+    recipe.unet.register_forward_pre_hook(lambda *_: graded.append(torch.is_grad_enabled()))
+    draw = next(seed for seed in range(99) if int(flow.keyed_uniform((0, seed, 5), [0], 1).item() * 4) == 2)
+    recipe.key = (0, draw)
+    recipe.step(0)
+    assert graded.count(True) == 1 and graded.count(False) == 2 * 2, "two guided steps without a graph, then one with"
+    assert reward.weight.grad is None and all(value.grad is None for value in recipe.reference.parameters())
+    gradient = [parameter.grad.clone() for parameter in recipe.unet.parameters()]
+    batch = recipe._batch("generate", 0)
+    held = recipe._rollout(recipe.unet, batch, 2)
+    direction = [torch.randn(value.shape, generator=torch.Generator().manual_seed(3)) for value in gradient]
+    slope = sum((a * b).sum() for a, b in zip(gradient, direction, strict=True)).item()
+
+    def loss_at(distance, rollout):
+        with torch.no_grad():
+            for parameter, along in zip(recipe.unet.parameters(), direction, strict=True):
+                parameter.add_(distance * along)
+            x = rollout()
+            velocity = recipe._predict(recipe.unet, x, torch.full((2,), recipe._sigmas(batch)[2]), batch)
+            found = reward.differentiable((x - recipe._sigmas(batch)[2] * velocity + 1) / 2, None).mean()
+            for parameter, along in zip(recipe.unet.parameters(), direction, strict=True):
+                parameter.sub_(distance * along)
+        return -(found.item() - recipe.baseline["generate"][0]) / recipe.baseline["generate"][1]
+
+    def difference(rollout):
+        return (loss_at(1e-3, rollout) - loss_at(-1e-3, rollout)) / 2e-3
+
+    assert slope == pytest.approx(difference(lambda: held), rel=0.01)
+    assert slope != pytest.approx(difference(lambda: recipe._rollout(recipe.unet, batch, 2)), rel=0.05)
 
 
 def _steps(recipe, count):

@@ -28,10 +28,12 @@ OBJECT_WEIGHT = 8.0
 SHAPE_WEIGHT = 16.0
 """Pixels in which the four shapes differ (the corners of a square, the notches of a cross) weigh this much more: they are a
 fifteenth of an image and all that tells a square from a circle."""
+GAP_WEIGHT, GAP_REACH_PX = 16.0, 4.0
+"""Pixels between two neighbours, within this reach of both, weigh this much more: blurred, two objects are read as one."""
 CLASS_WEIGHT, CLASS_NOISE = 0.2, 1.0
 READ_WEIGHT, READ_SHARPNESS = 0.3, 30.0
 """The decoded object is laid over each shape in each size, as the verifier reads it, and the true one must fit best."""
-SMALL_SHARE = 0.7  # of the windows; a small square and a small circle differ in a dozen pixels and are told apart last
+SMALL_SHARE = 0.5  # of the windows; a small square and a small circle differ in a dozen pixels and are told apart last
 ENCODER_SHARE = 0.06  # first share of the steps, in which only the encoder learns, against the two short heads
 CROP_PX = 32
 """The network is convolutional, so it learns on windows around objects: four times as many objects for the same work."""
@@ -125,7 +127,7 @@ def draw_windows(rng: np.random.Generator) -> Windows:
     while len(rows) < BATCH:
         scene = scenes.sample_scene(rng)
         pixels, empty = scenes.render(scene), background(scene.background, scene.style)
-        weight = (object_weight(pixels[None], [scene])[0] + SHAPE_WEIGHT * shape_difference(scene)).numpy()
+        weight = (object_weight(pixels[None], [scene])[0] + SHAPE_WEIGHT * shape_difference(scene) + GAP_WEIGHT * gaps(scene)).numpy()
         classes = cell_classes(scene, FACTOR)
         for item in scene.objects:
             if (item.size == "small") != (rng.random() < SMALL_SHARE):
@@ -170,6 +172,16 @@ def shape_difference(scene: scenes.Scene) -> torch.Tensor:
         drawn = np.stack([coverage(shape, scenes.SIZES[item.size], *item.centre_px(), scenes.CANVAS_PX) for shape in scenes.SHAPES])
         total += drawn.max(0) - drawn.min(0)
     return torch.from_numpy(total)[None]
+
+
+def gaps(scene: scenes.Scene) -> torch.Tensor:
+    """Pixels within `GAP_REACH_PX` of two objects and inside neither: [1, 64, 64] in [0, 1]."""
+    near, inside = np.zeros((2, scenes.CANVAS_PX, scenes.CANVAS_PX), dtype=np.float32)
+    for item in scene.objects:
+        radius = scenes.SIZES[item.size]
+        near += coverage("square", radius / 0.88 + GAP_REACH_PX, *item.centre_px(), scenes.CANVAS_PX)
+        inside = np.maximum(inside, coverage(item.shape, radius, *item.centre_px(), scenes.CANVAS_PX))
+    return torch.from_numpy((near - 1).clip(0, 1) * (1 - inside))[None]
 
 
 def new_vae() -> AutoencoderTiny:

@@ -76,9 +76,9 @@ def export_bundle(
 
     runner = Runner(draft, "fp32", settings.threads)
     hidden = Embedder(reference, runner, settings)
-    feeds = trajectory(runner, hidden, rows.calibration) if "int8" in settings.variants else []
+    feeds = trajectory(runner, hidden, rows.calibration) if {"int8", "int4"} & set(settings.variants) else []
     manifest["variants"], manifest["quantization"] = write_variants(draft, feeds, settings)
-    if feeds:
+    if "int8" in settings.variants:
         about = {"rows": len(rows.calibration), "disjoint_from_parity": rows.disjoint}
         manifest["quantization"]["unet_int8"]["calibration"] |= about
     write_calibration(draft, rows, manifest["sampler"]["sigmas"], bool(feeds))

@@ -45,7 +45,7 @@ def write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path:
         exporter_log.setLevel(level)
     model = result.model_proto
     _name_nodes_by_layer(model)
-    for item in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+    for item in (*model.graph.input, *model.graph.output):
         for size in item.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = "batch"
@@ -67,12 +67,16 @@ def _name_nodes_by_layer(model: onnx.ModelProto) -> None:
 
 
 def save_clean(model: onnx.ModelProto, path: Path) -> None:
-    """Write `model` without doc strings and metadata, which hold absolute source paths and a third of a small file."""
+    """Write `model` without doc strings and metadata, which hold absolute source paths and a third of a small file.
+
+    Nor with shapes of intermediate values, which readers infer: the exporter's own sizes of 2 * batch are no names.
+    """
     model.ClearField("metadata_props")
     model.doc_string = ""
     model.graph.ClearField("metadata_props")
+    model.graph.ClearField("value_info")
     model.graph.doc_string = ""
-    for item in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+    for item in (*model.graph.node, *model.graph.input, *model.graph.output):
         item.doc_string = ""
         item.ClearField("metadata_props")
     for tensor in model.graph.initializer:

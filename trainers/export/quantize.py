@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from trainers.export.graphs import save_clean
-from trainers.export.sensitivity import Feed, mix, scan, with_float
+from trainers.export.sensitivity import Feed, first_calls, mix, run_as_written, scan, with_float
 from trainers.export.settings import ExportSettings
-from trainers.export.weights import store_half
+from trainers.export.weights import store_half, store_int8
 
 SESSION_OPTIONS = {"session.x64quantprecision": "1"}
 """U8 activations times S8 weights saturate in AVX2's 16-bit adds (microsoft/onnxruntime#6004): latents of the small
@@ -39,7 +38,8 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
 
     feeds: inputs of every UNet call of the calibration rows, all deployed sigmas in equal number.
     Convolutions and matrix products with a constant weight become int8; attention products, norms and the layers of
-    settings.float_layers stay float, and so do blocks that the sensitivity scan finds too harmful, as far as the size allows.
+    settings.float_layers compute in float, those on int8 weights where they are large, and so do blocks that the sensitivity
+    scan finds too harmful, on weights in half precision, as far as the size allows.
     """
     if not feeds:
         raise ValueError("int8 export needs calibration rows; pass calibration=[...] or leave int8 out of export.variants.")
@@ -67,6 +67,7 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
     finally:
         root.setLevel(level)
     quantized, scanned, back, reached = _mixed(onnx.load(target), model, chosen, feeds, settings, source.stat().st_size)
+    store_int8(quantized, kept)
     share = _int8_share(quantized)
     store_half(quantized)
     save_clean(quantized, target)
@@ -99,31 +100,13 @@ def _mixed(
     quantized = with_float(quantized, original, set())
     if settings.scan_rows == 0:
         return quantized, [], [], None
-    probe = [_probe(feeds, settings.scan_rows)]
-    ranked = scan(quantized, original, chosen, probe, _run)
+    probe = [first_calls(feeds, settings.scan_rows)]
+    ranked = scan(quantized, original, chosen, probe, run_as_written)
     spare = int(settings.int8_size_share * fp32_bytes) - quantized.ByteSize()
     mixed, back, reached = mix(
-        quantized, original, ranked, chosen, probe, _run, psnr_target_db=settings.int8_psnr_db, spare_bytes=spare
+        quantized, original, ranked, chosen, probe, run_as_written, psnr_target_db=settings.int8_psnr_db, spare_bytes=spare
     )
     return mixed, ranked, back, reached
-
-
-def _probe(feeds: list[Feed], rows: int) -> Feed:
-    """The first `rows` rows of each task at each deployed sigma, as one batch."""
-    firsts: dict[tuple[bool, float], Feed] = {}
-    for feed in feeds:
-        edit = bool(feed["sample"][..., feed["sample"].shape[3] // 2 :].any())
-        firsts.setdefault((edit, float(feed["timestep"][0])), {name: value[:rows] for name, value in feed.items()})
-    return {name: np.concatenate([feed[name] for feed in firsts.values()]) for name in feeds[0]}
-
-
-def _run(model: onnx.ModelProto, feed: Feed) -> np.ndarray:
-    """Velocity of a graph that is not saved, with its Q/DQ pairs computed as written: what int8 costs, free of a kernel's own faults."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feed)[0]
 
 
 def cpu_flags() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 
 from trainers.export.weights import drop_unused
 
@@ -17,6 +18,24 @@ BLOCK = re.compile(r"^(.*?(?:resnets|attentions|downsamplers|upsamplers)\.\d+)")
 
 Feed = dict[str, np.ndarray]
 Run = Callable[[onnx.ModelProto, Feed], np.ndarray]
+
+
+def first_calls(feeds: list[Feed], rows: int) -> Feed:
+    """The first `rows` rows of each task at each deployed sigma, as one batch."""
+    firsts: dict[tuple[bool, float], Feed] = {}
+    for feed in feeds:
+        edit = bool(feed["sample"][..., feed["sample"].shape[3] // 2 :].any())
+        firsts.setdefault((edit, float(feed["timestep"][0])), {name: value[:rows] for name, value in feed.items()})
+    return {name: np.concatenate([feed[name] for feed in firsts.values()]) for name in feeds[0]}
+
+
+def run_as_written(model: onnx.ModelProto, feed: Feed) -> np.ndarray:
+    """Velocity of a graph that is not saved, with its Q/DQ pairs computed as written: what int8 costs, free of a kernel's own faults."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feed)[0]
 
 
 def blocks(nodes: Iterable[str]) -> dict[str, list[str]]:

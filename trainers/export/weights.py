@@ -4,7 +4,7 @@ Works on loaded graphs and leaves their inputs and outputs in float32, so that o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx
@@ -15,6 +15,9 @@ CLOCKS = ("time_proj/",)
 
 FLOAT_ONLY = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits", "Resize"}
 """Operators some of whose constant inputs must be float32 constants themselves (scales)."""
+
+STORED_INT8_VALUES = 4096
+"""Smaller weights (the convolutions at both ends) are worth more than the bytes."""
 
 STORED_HALF_VALUES = 256
 """Constants with fewer values stay as they are: their Cast node would be as large as what it saves."""
@@ -49,6 +52,41 @@ def _skip_casts_there_and_back(model: onnx.ModelProto) -> None:
             model.graph.node.remove(node)
 
 
+def store_int8(model: onnx.ModelProto, nodes: Collection[str]) -> None:
+    """Keep large float32 weights of the products and convolutions `nodes` as int8, one symmetric scale per output channel.
+
+    A DequantizeLinear stands behind each: the arithmetic stays float (W8A16 on a phone), in the standard's own operators.
+    """
+    axes = {name: axis for node in model.graph.node if node.name in nodes and (axis := _output_axis(node)) is not None for name in node.input[1:2]}
+    restored = []
+    for tensor in [item for item in model.graph.initializer if item.name in axes and item.data_type == onnx.TensorProto.FLOAT]:
+        name, axis, value = tensor.name, axes[tensor.name], numpy_helper.to_array(tensor)
+        if value.size < STORED_INT8_VALUES:
+            continue
+        others = tuple(place for place in range(value.ndim) if place != axis)
+        scale = np.maximum(np.abs(value).max(axis=others, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(np.round(value / scale).astype(np.int8), f"{name}_int8"))
+        # ONNX Runtime's optimizer takes an absent zero point for a scalar one and then fails on the axis.
+        further = {f"{name}_scale": scale.reshape(-1), f"{name}_zero": np.zeros(scale.size, np.int8)}
+        model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in further.items())
+        inputs = [f"{name}_int8", *further]
+        restored.append(helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}/Dequantize", axis=axis))
+    _put_first(model, restored)
+
+
+def _put_first(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    everything = [*nodes, *model.graph.node]
+    model.graph.ClearField("node")
+    model.graph.node.extend(everything)
+
+
+def _output_axis(node: onnx.NodeProto) -> int | None:
+    """Axis of the output channels in the weight of a product or convolution."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and _plain_gemm(node)):
+        return 0
+    return 1 if node.op_type == "MatMul" else None
+
+
 def store_half(model: onnx.ModelProto) -> None:
     """Keep large float32 constants of `model` as float16 with a Cast behind each, which runtimes fold when they load the graph."""
     users: dict[str, set[str]] = {}
@@ -63,9 +101,7 @@ def store_half(model: onnx.ModelProto) -> None:
             value = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), f"{name}_half"))
             casts.append(helper.make_node("Cast", [f"{name}_half"], [name], name=f"{name}/Cast", to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes)
+    _put_first(model, casts)
 
 
 def to_blocks(model: onnx.ModelProto, bits: int, block: int, keep: Iterable[str] = ()) -> list[str]:
@@ -76,7 +112,7 @@ def to_blocks(model: onnx.ModelProto, bits: int, block: int, keep: Iterable[str]
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    _products_only(model)
+    products_only(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     kept = [name for name in products if any(part in name for part in keep)]
@@ -93,7 +129,7 @@ def to_blocks(model: onnx.ModelProto, bits: int, block: int, keep: Iterable[str]
     return [name for name in products if name not in kept]
 
 
-def _products_only(model: onnx.ModelProto) -> None:
+def products_only(model: onnx.ModelProto) -> None:
     """Write every Gemm with constant weights, and every 1x1 convolution, as a MatMul with its bias added behind it."""
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []

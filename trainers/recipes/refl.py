@@ -10,10 +10,12 @@ from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from torch.nn import functional as F
 
 from dreamlite_data.rewards import RewardModel, Scorer
-from trainers.data import Batch, Plan, TrainingRows
+from trainers.batch_plan import Plan
+from trainers.data import Batch, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
 from trainers.parallel import map_threads
+from trainers.recipes.detectors import change_outside_edit, picture_measures
 from trainers.recipes.second_scorer import HackingWatch
 from trainers.settings import ReFLSettings
 
@@ -36,25 +38,13 @@ class ReFLRecipe:
         self.unet, self.vae, self.rewards, self.rows = unet.train(), vae, rewards, rows
         self.settings, self.key = settings, key
         self.reference = copy.deepcopy(unet).eval().requires_grad_(False)
-        self.plans = {task: Plan(rows, {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
-        self.sigmas = deployed_sigmas(settings.rollout_steps, rows.side, rows.side)
-        self.exits = [
-            index
-            for index, sigma in enumerate(self.sigmas[:-1])
-            if settings.sigma_low <= sigma <= settings.sigma_high
-        ]
-        if not self.exits:
-            listed = ", ".join(f"{sigma:.3f}" for sigma in self.sigmas[:-1])
-            raise ValueError(
-                f"no rollout step has a sigma between {settings.sigma_low} and {settings.sigma_high}: the steps are at"
-                f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
-            )
+        self.plans = {task: Plan(rows.pools(), {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
         optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         self.watch = HackingWatch(second_scorers or {}, settings)
         self.modules, self.optimizers = {"unet": unet}, {"unet": optimizer}
         if self.watch.scorers:
             self.modules["watch"] = self.watch
-        self.ema = Ema(unet, settings.ema_decay)
+        self.ema = Ema(unet, settings.ema_decay, settings.ema_width)
         self.baseline = {task: self._baseline(task) for task in self.plans}
 
     def step(self, index: int) -> dict[str, float]:
@@ -63,22 +53,31 @@ class ReFLRecipe:
         task = "generate" if index % 2 == 0 else "edit"
         batch = self._batch(task, index)
         draw = keyed_uniform((*self.key, 5), [index], 1).item()
-        exit_index = self.exits[int(draw * len(self.exits))]
+        exits = self._exits(batch)
+        exit_index = exits[int(draw * len(exits))]
         mean, spread = self.baseline[task]
 
         def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
             x, t, velocity, data = self._estimate(self.unet, part, exit_index)
-            reward = self._reward(task, part, data)
+            images, sources = decode01(self.vae, data), self._sources(task, part)
+            reward = self.rewards[task].differentiable(images, [row.text for row in part.rows], *sources)
             scaled = (reward - mean) / spread
             with torch.no_grad():
-                anchor = predict(self.reference, x, t, part.condition, part.text, self.rows.size_px)
+                anchor = self._predict(self.reference, x, t, part)
             drift = F.mse_loss(velocity, anchor)
             hinge, active = hinge_loss(scaled, settings.hinge, settings.hinge_margin)
-            return settings.reward_weight * hinge + settings.velocity_weight * drift, {
+            ratios = norm_ratios(velocity, anchor)
+            total = settings.reward_weight * hinge + settings.velocity_weight * drift
+            if settings.norm_guard_weight:
+                total = total + settings.norm_guard_weight * F.relu(ratios - 1).mean()
+            measures = picture_measures(images) | ({"change_outside_edit": change_outside_edit(images, *sources, part.weight)} if sources else {})
+            return total, {
                 f"reward_{task}": reward.mean().item(),
                 f"reward_{task}_scaled": scaled.mean().item(),
                 "active_share": active,
                 "drift": drift.item(),
+                "velocity_norm_ratio": ratios.mean().item(),
+                **{f"{name}_{task}": value for name, value in measures.items()},
             }
 
         parameters = list(self.unet.parameters())
@@ -98,11 +97,10 @@ class ReFLRecipe:
         drawn = []
         for unet in (self.unet, self.reference):
             parts = batch.split(self.settings.micro_batch)
-            drawn.append(torch.cat(list(map_threads(lambda part, unet=unet: self._estimate(unet, part, self.exits[-1])[-1], parts))))
+            drawn.append(torch.cat(list(map_threads(lambda part, unet=unet: self._estimate(unet, part, self._exits(part)[-1])[-1], parts))))
         reward_now, reward_start = (self._reward(task, batch, latents).mean().item() for latents in drawn)
-        sources = decode01(self.vae, batch.condition) if task == "edit" else None
         now, start = (decode01(self.vae, latents) for latents in drawn)
-        second = self.watch.second_gain(task, now, start, [row.text for row in batch.rows], sources)
+        second = self.watch.second_gain(task, now, start, [row.text for row in batch.rows], *(self._sources(task, batch) or (None,)))
         return self.watch.record(task, (reward_now - reward_start) / self.baseline[task][1], second)
 
     def _batch(self, task: str, index: int) -> Batch:
@@ -112,32 +110,51 @@ class ReFLRecipe:
     def _estimate(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> tuple[torch.Tensor, ...]:
         """(x, t, velocity, clean estimate) at step `stop` of the rollout; only the last network call has a graph."""
         x = self._rollout(unet, batch, stop)
-        t = torch.full((len(x),), self.sigmas[stop])
-        velocity = predict(unet, x, t, batch.condition, batch.text, self.rows.size_px)
+        t = torch.full((len(x),), self._sigmas(batch)[stop])
+        velocity = self._predict(unet, x, t, batch)
         return x, t, velocity, data_from_velocity(x, velocity, t)
 
     @torch.no_grad()
     def _rollout(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> torch.Tensor:
         """Guided Euler steps 0..stop-1 exactly as deployed."""
-        velocity = batch.guided(unet, self.rows.size_px, self.settings)
+        velocity, sigmas = batch.guided(unet, self.settings), self._sigmas(batch)
         x = keyed_normal((*self.key, 6), batch.positions, tuple(batch.condition.shape[1:]))
-        for sigma, following in zip(self.sigmas[:stop], self.sigmas[1 : stop + 1], strict=True):
+        for sigma, following in zip(sigmas[:stop], sigmas[1 : stop + 1], strict=True):
             x = x + (following - sigma) * velocity(x, sigma)
         return x
 
+    def _predict(self, unet: DreamLiteUNetModel, x: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return predict(unet, x, t, batch.condition, batch.text, batch.size_px, self.settings.precision)
+
+    def _sigmas(self, batch: Batch) -> list[float]:
+        """The deployed sigmas for the panels of a batch."""
+        return deployed_sigmas(self.settings.rollout_steps, *batch.condition.shape[2:])
+
+    def _exits(self, batch: Batch) -> list[int]:
+        """Steps of the rollout that may get the gradient; raises ValueError where no sigma lies in the range."""
+        settings, sigmas = self.settings, self._sigmas(batch)[:-1]
+        exits = [index for index, sigma in enumerate(sigmas) if settings.sigma_low <= sigma <= settings.sigma_high]
+        if not exits:
+            listed = ", ".join(f"{sigma:.3f}" for sigma in sigmas)
+            raise ValueError(
+                f"no rollout step has a sigma between {settings.sigma_low} and {settings.sigma_high}: the steps are at"
+                f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
+            )
+        return exits
+
+    @torch.no_grad()
+    def _sources(self, task: str, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The source images of edits, as the last argument of a reward; nothing for generated rows."""
+        return (decode01(self.vae, batch.condition),) if task == "edit" else ()
+
     def _reward(self, task: str, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
-        images = decode01(self.vae, latents)
-        prompts = [row.text for row in batch.rows]
-        if task == "generate":
-            return self.rewards[task].differentiable(images, prompts)
-        with torch.no_grad():
-            sources = decode01(self.vae, batch.condition)
-        return self.rewards[task].differentiable(images, prompts, sources)
+        images, prompts = decode01(self.vae, latents), [row.text for row in batch.rows]
+        return self.rewards[task].differentiable(images, prompts, *self._sources(task, batch))
 
     @torch.no_grad()
     def _baseline(self, task: str) -> tuple[float, float]:
         def score(part: Batch) -> torch.Tensor:
-            *_, data = self._estimate(self.reference, part, self.exits[-1])
+            *_, data = self._estimate(self.reference, part, self._exits(part)[-1])
             return self._reward(task, part, data)
 
         batches = [self._batch(task, 2 * index) for index in range(BASELINE_BATCHES)]
@@ -154,6 +171,12 @@ def hinge_loss(reward: torch.Tensor, side: str, margin: float) -> tuple[torch.Te
     if side == "above":
         return -F.relu(reward - margin).mean(), (reward > margin).float().mean().item()
     return -reward.mean(), 1.0
+
+
+def norm_ratios(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """|v| / |v_ref| of each row [B]. NormGuard (arXiv 2606.27771) penalises max(0, ratio - 1), for rewards inflate the velocity by
+    5 to 15 % and scaling it back when sampling mends nothing."""
+    return velocity.flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
 
 
 def decode01(vae: AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:

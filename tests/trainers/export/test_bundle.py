@@ -14,8 +14,10 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from dreamlite_data import scenes
+from flows.cli import app
 from tests.trainers.export.conftest import export_again
 from trainers.conditioning import SquareImageProcessor
 from trainers.export.bundle import export_bundle
@@ -164,7 +166,7 @@ def test_a_graph_that_computes_something_else_is_found(bundle: Path, tmp_path: P
     shutil.copytree(bundle, copy)
     model = onnx.load(copy / "vae_decoder.onnx")
     weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.05), weight.name))
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(2), weight.name))
     onnx.save(model, copy / "vae_decoder.onnx")
     entry = {"bytes": 0, "sha256": hashlib.sha256((copy / "vae_decoder.onnx").read_bytes()).hexdigest()}
     _break_manifest(copy, lambda m: (m["files"]["vae_decoder.onnx"].update(entry), [m["variants"].pop(name) for name in ("fp16", "int8", "int4")]))
@@ -201,6 +203,20 @@ def test_verify_names_what_is_bad(bundle: Path, tmp_path: Path, damage: Any, nam
     damage(copy)
     with pytest.raises(ValueError, match=names):
         verify_bundle(copy)
+
+
+def test_the_command_verify_answers_with_a_table_and_an_exit_code(bundle: Path, tmp_path: Path) -> None:
+    """0 for a whole bundle, 1 with the name of every bad file, 2 for what is no bundle."""
+    whole = CliRunner().invoke(app, ["verify", str(bundle), "--static"])
+    assert whole.exit_code == 0 and "unet_int4.onnx" in whole.output and "FAILED" not in whole.output
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    (copy / "runner.py").write_text("print('mine')")
+    (copy / "LOOP.md").unlink()
+    bad = CliRunner().invoke(app, ["verify", str(copy), "--static"])
+    assert bad.exit_code == 1 and bad.output.count("FAILED") == 2
+    assert "runner.py has sha256" in bad.output and "LOOP.md is missing" in bad.output
+    assert CliRunner().invoke(app, ["verify", str(tmp_path), "--static"]).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from trainers.export.bias_correction import correct_biases, dequantized, gain_db
 from trainers.export.quantize import quantize_unet
 from trainers.export.runner import Runner
 from trainers.export.sensitivity import blocks, mix, scan, with_float
 from trainers.export.settings import ExportSettings
-from trainers.export.weights import store_half, to_blocks, to_half
+from trainers.export.weights import store_half, store_int8, to_blocks, to_half
 
 WIDTH = 32
 
@@ -42,7 +43,7 @@ def small_graph(path: Path) -> onnx.ModelProto:
         helper.make_node("Add", ["x", "y"], ["z"], name="unet.down.resnets.0/Add"),
         helper.make_node("Conv", ["z", "pointwise.weight"], ["w"], name="unet.down.resnets.1.conv1.pointwise/Conv"),
         helper.make_node("ReduceMean", ["w", "spatial"], ["pooled"], name="unet/ReduceMean", keepdims=0),
-        helper.make_node("Gemm", ["pooled", "head.weight", "bias"], ["head"], name="unet.head/Gemm", transB=1),
+        helper.make_node("Gemm", ["pooled", "head.weight", "head.bias"], ["head"], name="unet.head/Gemm", transB=1),
         helper.make_node("Reshape", ["head", "column"], ["column_out"], name="unet/Reshape"),
         helper.make_node("Add", ["w", "column_out"], ["velocity"], name="unet/Add_2"),
     ]
@@ -51,6 +52,7 @@ def small_graph(path: Path) -> onnx.ModelProto:
         outlier,
         weight("head.weight", WIDTH, WIDTH),
         weight("bias", WIDTH),
+        weight("head.bias", WIDTH),
         numpy_helper.from_array(np.asarray([1, 2, 3], np.int64), "axes"),
         numpy_helper.from_array(np.asarray([2, 3], np.int64), "spatial"),
         numpy_helper.from_array(np.asarray([-1, WIDTH, 1, 1], np.int64), "column"),
@@ -116,6 +118,15 @@ def test_half_storage_computes_in_float(original: onnx.ModelProto) -> None:
     assert psnr(original, stored) > 60
 
 
+def test_int8_storage_computes_in_float_and_reaches_the_named_layers_alone(original: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.export.weights.STORED_INT8_VALUES", 1000)
+    stored = copy_of(original)
+    store_int8(stored, ["unet.head/Gemm", "unet.down.resnets.0.conv1/Conv"])
+    onnx.checker.check_model(stored)
+    assert {tensor.name for tensor in stored.graph.initializer if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_int8")} == {"head.weight_int8", "conv.weight_int8"}
+    assert 45 < psnr(original, stored) < 100
+
+
 @pytest.mark.parametrize(("bits", "least_db"), [(8, 45), (4, 20)])
 def test_blocks_cover_every_product(original: onnx.ModelProto, bits: int, least_db: float) -> None:
     """The 1x1 convolution and the 2-D Gemm too, which ONNX Runtime's quantizer alone passes over; the 3x3 one stays."""
@@ -138,6 +149,34 @@ def test_products_are_exact_before_they_are_quantized(original: onnx.ModelProto)
     assert to_blocks(rewritten, 4, 16, keep=("unet",)) == []
     assert {"Gemm"}.isdisjoint(node.op_type for node in rewritten.graph.node)
     assert psnr(original, rewritten) > 120
+
+
+def test_biases_give_back_the_mean_that_rounding_took(original: onnx.ModelProto) -> None:
+    """The mean error of the corrected layer's output goes to nothing, on the calls that it was fitted to."""
+    small = copy_of(original)
+    to_blocks(small, 4, 16)
+    node = next(node for node in small.graph.node if node.op_type == "MatMulNBits" and "head" in node.name)
+    constants = {tensor.name: tensor for tensor in small.graph.initializer}
+    exact = numpy_helper.to_array(next(tensor for tensor in original.graph.initializer if tensor.name == "head.weight"))
+    assert 0 < np.abs(dequantized(node, constants) - exact).max() < np.abs(exact).max() / 7
+
+    corrected, calls = copy_of(small), {name: np.concatenate([feed[name] for feed in feeds()]) for name in ("sample", "timestep")}
+    assert correct_biases(corrected, original, calls) == 1  # the 1x1 convolution has no bias, the 3x3 one keeps its weights
+
+    def head(model: onnx.ModelProto) -> np.ndarray:
+        probe = copy_of(model)
+        probe.graph.output.insert(0, helper.make_empty_tensor_value_info("head"))
+        return run(probe, calls)
+
+    # Only the head is coarse where its inputs come out of float layers.
+    alone, mended = copy_of(original), copy_of(original)
+    for model in (alone, mended):
+        to_blocks(model, 4, 16, keep=("pointwise",))
+    assert correct_biases(mended, original, calls) == 1
+    before, after = (np.abs((head(model) - head(original)).mean(axis=0)).max() for model in (alone, mended))
+    assert after < before / 100
+    without, with_it = gain_db(small, corrected, original, calls, run)
+    assert with_it > without
 
 
 def test_blocks_are_layers_that_belong_together() -> None:

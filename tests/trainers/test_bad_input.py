@@ -1,0 +1,142 @@
+"""What a user can get wrong ends in one sentence that names it, before a weight moves and without a file written over."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dreamlite_data.dataset import Dataset, DatasetError
+from tests.trainers.conftest import TINY_MODEL
+from tests.trainers.synthetic import SceneRows
+from trainers import data
+from trainers.conditioning import PromptEncoder
+from trainers.data import read_rows
+from trainers.loop import Ema, run
+from trainers.model import build_unet, load_unet, load_vae
+from trainers.recipes.supervised import SupervisedRecipe
+from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
+from trainers.tensor_cache import TensorCache
+
+JOINT = SupervisedSettings(
+    tasks={"generate": 0.5, "edit": 0.5}, datasets=("t2i", "edit"), steps=4, batch=4, micro_batch=4, warmup_steps=1, drop_both_edit=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def rows(components):
+    return SceneRows(4, load_vae(components), PromptEncoder.load(components, "post_norm"))
+
+
+def fresh():
+    return build_unet(TINY_MODEL, 64, 8)
+
+
+def dataset_with(monkeypatch, **changes: list | None) -> None:
+    """The dataset that `read_rows` opens: one row of each task, with columns changed or (None) left out."""
+    columns = {
+        "row_id": ["g", "e"], "task": ["generate", "edit"], "image_id": ["a", "b"], "source_image_id": [None, "a"], "text": ["x", "y"],
+        "edit_type": [None, "colour"], "edit_mask": [None, bytes(64)], "split": ["train", "train"],
+    } | changes  # fmt: skip
+    table = pa.table({name: values for name, values in columns.items() if values is not None})
+    monkeypatch.setattr(data, "open_dataset", lambda lake, name, version: Dataset(name, 3, "d", table))
+
+
+def read(settings) -> list[data.Row]:
+    return read_rows(None, [("mine", 3)], split="train", columns=settings.columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"image_id": None}, "mine@3 has no column 'image_id'"), ({"text": ["x", None]}, "1 of 2 rows have no text"),
+     ({"source_image_id": [None, None]}, "1 of 1 rows of task edit have no source_image_id"),
+     ({"edit_mask": [None, None]}, "1 of 1 rows of task edit have no edit_mask"), ({"edit_mask": None}, "no column 'edit_mask'")],
+)  # fmt: skip
+def test_a_dataset_without_what_the_recipe_needs_is_refused(monkeypatch, changes, said):
+    dataset_with(monkeypatch)
+    assert [row.row_id for row in read(JOINT)] == ["g", "e"]
+    dataset_with(monkeypatch, **changes)
+    with pytest.raises(DatasetError, match=said):
+        read(JOINT)
+
+
+def test_only_the_recipe_that_weighs_the_foreground_needs_masks(monkeypatch):
+    dataset_with(monkeypatch, edit_mask=[None, None])
+    for settings in (JOINT.model_copy(update={"foreground_weight": False}), ReFLSettings(steps=1), DMD2Settings(steps=1)):
+        assert len(read(settings)) == 2
+
+
+def test_a_nan_in_a_batch_stops_before_any_weight_takes_it_and_names_the_row(rows, tmp_path):
+    recipe = SupervisedRecipe(fresh(), rows, JOINT, (1,))
+    run(recipe, steps=1, output=tmp_path, label="joint")
+    state = (tmp_path / "state.pt").read_bytes()
+    weights = {name: value.clone() for name, value in recipe.unet.state_dict().items()}
+    bad = rows.rows[recipe.plans[0].indices(1)[0][0]]
+    healthy = rows.latents.values[bad.image_id]
+    rows.latents.values[bad.image_id] = torch.full_like(healthy, float("nan"))
+    try:
+        with pytest.raises(FloatingPointError, match=rf"joint: the loss of 1 rows is not finite at step 1 \({bad.row_id}\)"):
+            run(recipe, steps=4, output=tmp_path, label="joint")
+    finally:
+        rows.latents.values[bad.image_id] = healthy
+    kept = json.loads((tmp_path / "offending_rows.json").read_text())
+    assert kept["step"] == 1 and [row["row_id"] for row in kept["rows"]] == [bad.row_id]
+    assert (tmp_path / "state.pt").read_bytes() == state, "the checkpoint before it is untouched"
+    assert all(torch.equal(value, weights[name]) for name, value in recipe.unet.state_dict().items())
+    run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint")  # with the row mended it goes on
+
+
+def test_a_gradient_that_is_not_finite_stops_too(rows, tmp_path):
+    recipe = SupervisedRecipe(fresh(), rows, JOINT, (1,))
+    recipe.unet.conv_out.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match="the gradient of .* rows is not finite at step 0"):
+        run(recipe, steps=1, output=tmp_path, label="joint")
+
+
+def test_a_damaged_state_and_one_of_another_network_are_refused_and_kept(rows, tmp_path):
+    run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=1, output=tmp_path, label="joint")
+    whole = (tmp_path / "state.pt").read_bytes()
+    other = build_unet(TINY_MODEL.model_copy(update={"layers": 2}), 64, 8)
+    with pytest.raises(ValueError, match="state.pt is not of this stage's network"):
+        run(SupervisedRecipe(other, rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint")
+    (tmp_path / "state.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="state.pt is damaged"):
+        run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint")
+    assert (tmp_path / "state.pt").read_bytes() == whole[: len(whole) // 2]
+
+
+def test_a_damaged_checkpoint_is_named(checkpoints, tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet/config.json").write_bytes((checkpoints["base"] / "unet/config.json").read_bytes())
+    content = (checkpoints["base"] / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(content)
+    load_unet(folder)
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(content[:-4000])
+    with pytest.raises(ValueError, match="checkpoint/unet cannot be read"):
+        load_unet(folder)
+
+
+def test_a_damaged_cache_part_is_named(tmp_path):
+    cache = TensorCache(tmp_path)
+    cache.fill(["a", "b"], lambda chunk: [torch.ones(3) for _ in chunk], "ones")
+    assert TensorCache(tmp_path).get(["b"])[0].tolist() == [1.0, 1.0, 1.0]
+    (path,) = tmp_path.glob("part-*.safetensors")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        TensorCache(tmp_path)
+    save_file({"flat": torch.ones(1)}, path)  # a file of another kind
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        TensorCache(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_not_trained(rows, kind):
+    with pytest.raises(ValueError, match="load them in float32"):
+        Ema(fresh().to(kind), 0.9)
+    assert torch.tensor(1.0, dtype=torch.bfloat16) + 1e-3 == 1.0, "why: a small update is lost"
+    assert np.isfinite(SupervisedRecipe(fresh(), rows, JOINT, (1,)).step(0)["loss"])
