@@ -22,6 +22,17 @@ from trainers.export.settings import ExportSettings
 from trainers.export.source import Source
 from trainers.export.target_checks import ProgramRunner
 
+LEFT_OUT = {
+    "executorch": {
+        "edit_encoder": "its patches are a tensor of more axes than XNNPACK has (6); use the ONNX graph, or hidden states of your own",
+    },
+    "coreml": {
+        name: "coremltools' reader of torch graphs knows no masks of transformers; use the ONNX graph, or hidden states of your own"
+        for name in ENCODERS
+    },
+}
+"""Parts that a target cannot have, and why; the manifest repeats it."""
+
 NOT_RUN = "converted and read back on Linux; Core ML runs on Apple systems only, so no output of it was compared"
 
 
@@ -60,7 +71,7 @@ def _write_executorch(
 
     (folder / "executorch").mkdir()
     files: dict[str, Any] = {}
-    for name in part_names(settings):
+    for name in _parts("executorch", settings):
         part = prepare_part(name, source, reference, settings, batch=1, delegable=True)
         # Encoders run once an image, and their masks and lookups are no work for XNNPACK.
         most = None if name in ENCODERS else MAX_DELEGATES
@@ -81,6 +92,7 @@ def _write_executorch(
         "int8": "static: weights per output channel, activations per tensor, calibrated on the student's own trajectory",
         "float_layers": list(float_layers),
         "verified_runtime": f"{platform.system()} {platform.machine()}, CPU",
+        "left_out": _left_out("executorch", settings),
         "files": files,
     }
     samples = load_samples(folder)
@@ -97,7 +109,7 @@ def _write_coreml(folder: Path, source: Source, reference: TorchReference, setti
     (folder / "coreml").mkdir()
     files: dict[str, Any] = {}
     calls = [group.unet_inputs((source.size_px, source.size_px)) for group in load_samples(folder)]
-    for name in part_names(settings):
+    for name in _parts("coreml", settings):
         part = prepare_part(name, source, reference, settings, batch=1)
         with torch.no_grad():
             ports = port_table(part, part.module(**part.inputs))
@@ -120,8 +132,17 @@ def _write_coreml(folder: Path, source: Source, reference: TorchReference, setti
         "minimum_system": "iOS 18, macOS 15",
         "verified_runtime": None,
         "note": NOT_RUN,
+        "left_out": _left_out("coreml", settings),
         "files": files,
     }
+
+
+def _parts(target: str, settings: ExportSettings) -> list[str]:
+    return [name for name in part_names(settings) if name not in LEFT_OUT[target]]
+
+
+def _left_out(target: str, settings: ExportSettings) -> dict[str, str]:
+    return {name: LEFT_OUT[target][name] for name in part_names(settings) if name in LEFT_OUT[target]}
 
 
 def _with_weights(part: Part, weights: dict[str, torch.Tensor], calls: Sequence[Feed]) -> dict[str, float]:
