@@ -69,15 +69,15 @@ def _parity(
 
 
 def _costs(bundle: Path, variant: str, samples: list[Samples], threads: int) -> Iterator[Check]:
-    """Seconds of one call with one image, and the process's peak memory while it loads and runs the part, per part."""
+    """Seconds of one call with one image, and how much more memory the process takes while it loads and runs the part, per part."""
     for part, call in _calls(bundle, variant, samples, threads).items():
-        reset = _reset_peak()
+        before = _memory_mb("VmRSS") if _reset_peak() else None
         runner = Runner(bundle, variant, threads)
         call(runner)
         best = min(_timed(lambda call=call, runner=runner: call(runner)) for _ in range(3))
         yield Check(f"{part} {variant}", "seconds", f"{best:.4f}")
-        if reset and (peak := _peak_mb()) is not None:
-            yield Check(f"{part} {variant}", "peak memory", f"{peak:.0f} MB")
+        if before is not None:
+            yield Check(f"{part} {variant}", "peak memory", f"+{max(_memory_mb('VmHWM') - before, 0):.0f} MB")
 
 
 def _calls(bundle: Path, variant: str, samples: list[Samples], threads: int) -> dict[str, Callable[[Runner], Any]]:
@@ -111,6 +111,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak_mb() -> float | None:
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(match[1]) / 1024 if match else None
+def _memory_mb(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process on Linux."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) / 1024 if match else 0.0
