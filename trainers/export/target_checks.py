@@ -64,7 +64,7 @@ def check_targets(bundle: Path, manifest: dict[str, Any]) -> Iterator[Check]:
             continue
         missing = missing_packages(target)
         if missing:
-            yield Check(target, "not checked", f"hashes only: {' and '.join(missing)} cannot be imported; {_installation(target)}")
+            yield Check(target, "hashes only", f"{' and '.join(missing)} cannot be imported; {_installation(target)}", checked=False)
         for name, entry in sorted(section["files"].items()):
             if not any(file == entry["file"] or file.startswith(entry["file"] + "/") for file in manifest["files"]):
                 problem = f"{bundle / 'manifest.json'} gives {target} {name} as {entry['file']}, which is none of its files."
@@ -98,9 +98,9 @@ def _check_package(bundle: Path, name: str, entry: dict[str, Any]) -> Check:
     try:
         found = check_package(bundle / entry["file"], {side: entry[side] for side in ("inputs", "outputs")})
     except ValueError as error:
-        return Check(name, "ports and operators", problem=str(error))
+        return Check(name, "ports, operators", problem=str(error))
     wrong = f"{bundle / entry['file']} has operators {found}, the manifest says {entry['operators']}."
-    return Check(name, "ports and operators", "not run: needs an Apple system", problem="" if found == entry["operators"] else wrong)
+    return Check(name, "ports, operators", "not run: needs an Apple system", problem="" if found == entry["operators"] else wrong)
 
 
 def _installation(target: str) -> str:

@@ -86,7 +86,7 @@ def test_what_cannot_be_checked_is_said_and_what_is_not_listed_is_refused(tmp_pa
     entry = {"file": "coreml/unet_fp16.mlpackage"}
     manifest = {"files": {"coreml/unet_fp16.mlpackage/Manifest.json": {}}, "targets": {"coreml": {"files": {"unet_fp16": entry}}}}
     (check,) = check_targets(tmp_path, manifest)
-    assert check.ok and check.what == "not checked" and "coremltools" in check.value
+    assert check.ok and check.result == "not checked" and "coremltools" in check.value
     entry["file"] = "../elsewhere.mlpackage"
     assert "none of its files" in list(check_targets(tmp_path, manifest))[-1].problem
     (check,) = check_targets(tmp_path, {"files": {}, "targets": {"qnn": {"files": {}}}})
