@@ -57,7 +57,7 @@ def check_targets(bundle: Path, manifest: dict[str, Any]) -> Iterator[Check]:
 
     Take it after the hashes are known to be right, for it loads the files.
     """
-    for target, section in sorted(manifest["targets"].items()):
+    for target, section in sorted(manifest.get("targets", {}).items()):
         if target not in PACKAGES:
             known = ", ".join(sorted(PACKAGES))
             yield Check(target, "target", problem=f"{bundle / 'manifest.json'} has a target '{target}', known are {known}.")
@@ -75,7 +75,7 @@ def check_targets(bundle: Path, manifest: dict[str, Any]) -> Iterator[Check]:
 
 def program_runners(bundle: Path, manifest: dict[str, Any], threads: int) -> Iterator[tuple[str, ProgramRunner]]:
     """The loop on the bundle's ExecuTorch programs, by form of the UNet; nothing where there are none or the extra is missing."""
-    section = manifest["targets"].get("executorch")
+    section = manifest.get("targets", {}).get("executorch")
     if section is not None and not missing_packages("executorch"):
         for form in section["parity"]:
             yield form, ProgramRunner(bundle, section, form, threads)
