@@ -66,11 +66,27 @@ def _name_nodes_by_layer(model: onnx.ModelProto) -> None:
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
+def _shorten_tensor_names(model: onnx.ModelProto) -> None:
+    ports = {port.name for port in (*model.graph.input, *model.graph.output)}
+    short = {"": ""}
+    for name in (*(tensor.name for tensor in model.graph.initializer), *(name for node in model.graph.node for name in node.output)):
+        if name not in short:
+            short[name] = name if name in ports else f"t{len(short)}"
+    for tensor in model.graph.initializer:
+        tensor.name = short[tensor.name]
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = short.get(name, name)
+
+
 def save_clean(model: onnx.ModelProto, path: Path) -> None:
     """Write `model` without doc strings and metadata, which hold absolute source paths and a third of a small file.
 
-    Nor with shapes of intermediate values, which readers infer: the exporter's own sizes of 2 * batch are no names.
+    Nor with shapes of intermediate values, which readers infer: the exporter's own sizes of 2 * batch are no names. Tensors get
+    short names, for long ones are a tenth of a small int8 graph; inputs, outputs and nodes keep theirs.
     """
+    _shorten_tensor_names(model)
     model.ClearField("metadata_props")
     model.doc_string = ""
     model.graph.ClearField("metadata_props")

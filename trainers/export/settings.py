@@ -37,12 +37,8 @@ class ExportSettings(StrictSettings):
     variants: tuple[Variant, ...] = Field(
         ("fp32", "fp16", "int8", "int4"),
         description="Forms of the graphs in the bundle; fp32 is what the others are measured against. int8: the UNet in 8-bit "
-        "arithmetic. int4: its weights in blocks of 4 bits. Both with encoders of their own bits and a VAE in half precision.",
+        "arithmetic, 8-bit weights elsewhere. int4: UNet and encoders on weights in blocks of 4 bits, the VAE as in int8.",
     )
-    text_encoder_bits: Literal[4, 8] = Field(
-        8, description="Bits of its weights in int8 and int4. 4 lost a tenth of the exactly right generations of the small world."
-    )
-    edit_encoder_bits: Literal[4, 8] = Field(4, description="The same of the encoder that reads the source image too.")
     block_values: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale, where weights are in blocks.")
     weight_type: Literal["int8", "uint8"] = Field(
         "int8",

@@ -11,11 +11,11 @@ import onnx
 
 from trainers.export.bias_correction import correct_biases, gain_db
 from trainers.export.graphs import save_clean
-from trainers.export.prepare import part_names
+from trainers.export.prepare import ENCODERS, part_names
 from trainers.export.quantize import SESSION_OPTIONS, quantize_unet
 from trainers.export.sensitivity import Feed, first_calls
 from trainers.export.settings import ExportSettings
-from trainers.export.weights import to_blocks, to_half
+from trainers.export.weights import store_half, store_int8, to_blocks, to_half
 
 CORRECTION_ROWS = 4
 """Rows per task and sigma whose mean inputs the correction takes."""
@@ -35,27 +35,40 @@ def write_variants(folder: Path, feeds: list[Feed], settings: ExportSettings) ->
     entries: dict[str, Any] = {"fp32": float_files(settings)}
     record: dict[str, Any] = {}
     small = [name for name in settings.variants if name != "fp32"]
-    for part in parts if small else []:
-        if not part.startswith("vae") and "fp16" not in small:
-            continue
-        save_clean(to_half(onnx.load(folder / f"{part}.onnx")), folder / f"{part}_fp16.onnx")
-    if "fp16" in small:
-        entries["fp16"] = {"files": {part: f"{part}_fp16.onnx" for part in parts}, "session_options": {}}
-    if not set(small) & {"int8", "int4"}:
-        return entries, None
+    for variant in small:
+        files = {}
+        for part in parts:
+            # Of the VAE there is one small form: it is a tenth of the bundle and what every picture goes through.
+            files[part] = f"{part}_int8.onnx" if part.startswith("vae") and variant == "int4" else f"{part}_{variant}.onnx"
+            if not (folder / files[part]).is_file():
+                about = _write(folder, part, variant, feeds, settings)
+                record |= {f"{part}_{variant}": about} if about else {}
+        entries[variant] = {"files": files, "session_options": SESSION_OPTIONS if variant == "int8" else {}}
+    return entries, record or None
 
-    shared = {part: f"{part}_fp16.onnx" for part in parts if part.startswith("vae")}
-    for part, bits in (("edit_encoder", settings.edit_encoder_bits), ("text_encoder", settings.text_encoder_bits)):
-        if part in parts:
-            shared[part] = f"{part}_int{bits}.onnx"
-            record[part] = _blocks(folder / f"{part}.onnx", folder / shared[part], bits, settings)
-    if "int8" in small:
-        record["unet_int8"] = quantize_unet(folder / "unet.onnx", folder / "unet_int8.onnx", feeds, settings)
-        entries["int8"] = {"files": {**shared, "unet": "unet_int8.onnx"}, "session_options": SESSION_OPTIONS}
-    if "int4" in small:
-        record["unet_int4"] = _blocks(folder / "unet.onnx", folder / "unet_int4.onnx", 4, settings, settings.float_layers, feeds)
-        entries["int4"] = {"files": {**shared, "unet": "unet_int4.onnx"}, "session_options": {}}
-    return entries, record
+
+def _write(folder: Path, part: str, variant: str, feeds: list[Feed], settings: ExportSettings) -> dict[str, Any] | None:
+    """One part in one variant; what was done to its weights, None where they are in half precision."""
+    source, target = folder / f"{part}.onnx", folder / f"{part}_{variant}.onnx"
+    if variant == "fp16":
+        save_clean(to_half(onnx.load(source)), target)
+        return None
+    if part.startswith("vae"):
+        return _stored_int8(source, folder / f"{part}_int8.onnx")
+    if part in ENCODERS:
+        return _blocks(source, target, 8 if variant == "int8" else 4, settings)
+    if variant == "int8":
+        return quantize_unet(source, target, feeds, settings)
+    return _blocks(source, target, 4, settings, settings.float_layers, feeds)
+
+
+def _stored_int8(source: Path, target: Path) -> dict[str, Any]:
+    """Weights kept as int8 by output channel, float arithmetic."""
+    model = onnx.load(source)
+    store_int8(model, {node.name for node in model.graph.node})
+    store_half(model)
+    save_clean(model, target)
+    return {"format": "DequantizeLinear", "bits": 8, "scheme": "symmetric, per output channel"}
 
 
 def _blocks(

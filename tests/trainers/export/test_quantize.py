@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from trainers.export.bias_correction import correct_biases, dequantized, gain_db
+from trainers.export.graphs import save_clean
 from trainers.export.quantize import quantize_unet
 from trainers.export.runner import Runner
 from trainers.export.sensitivity import blocks, mix, scan, with_float
@@ -144,6 +145,15 @@ def test_blocks_cover_every_product(original: onnx.ModelProto, bits: int, least_
     assert to_blocks(copy_of(original), bits, 16, keep=("head",)) == ["unet.down.resnets.1.conv1.pointwise/Conv"]
 
 
+def test_a_saved_graph_has_short_tensor_names_and_computes_the_same(original: onnx.ModelProto, tmp_path: Path) -> None:
+    saved = copy_of(original)
+    save_clean(saved, tmp_path / "saved.onnx")
+    saved = onnx.load(tmp_path / "saved.onnx")
+    assert {node.name for node in saved.graph.node} == {node.name for node in original.graph.node}
+    assert all(len(tensor.name) < 5 for tensor in saved.graph.initializer)
+    assert np.array_equal(run(saved, feeds()[0]), run(original, feeds()[0]))
+
+
 def test_products_are_exact_before_they_are_quantized(original: onnx.ModelProto) -> None:
     rewritten = copy_of(original)
     assert to_blocks(rewritten, 4, 16, keep=("unet",)) == []
@@ -230,8 +240,10 @@ def test_int8_guard_against_saturation(bundle: Path) -> None:
 
 
 def test_float_layers_stay_float(bundle: Path, tmp_path: Path) -> None:
-    small = {tensor.name for tensor in onnx.load(bundle / "unet_int8.onnx").graph.initializer if tensor.data_type in (2, 3)}
-    assert not any("conv_in" in name or "conv_out" in name for name in small)
-    assert any("conv1.pointwise" in name for name in small)
+    graph = onnx.load(bundle / "unet_int8.onnx").graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    quantized = {node.name for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm") and makers.get(node.input[0]) == "DequantizeLinear"}
+    assert not any(layer in name for name in quantized for layer in ("conv_in", "conv_out", "time_embedding", "add_embedding"))
+    assert any("conv1.pointwise" in name for name in quantized) and any("attn1.to_q" in name for name in quantized)
     with pytest.raises(ValueError, match="float_layers"):
         quantize_unet(bundle / "unet.onnx", tmp_path / "x.onnx", feeds(), ExportSettings(float_layers=("unet",)))
