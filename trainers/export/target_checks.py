@@ -28,7 +28,7 @@ class ProgramRunner(Runner):
         for name, entry in section["files"].items():
             graph, _, stored = name.rpartition("_")
             if stored == (form if graph == "unet" else "fp32"):
-                self.programs[graph] = Program(Path(bundle) / entry["file"], list(entry["inputs"]))
+                self.programs[graph] = Program(Path(bundle) / entry["file"], entry["order"])
         self.files = {graph: section["files"][f"{graph}_{form if graph == 'unet' else 'fp32'}"]["file"] for graph in self.programs}
 
     def run_graph(self, graph: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -85,7 +85,7 @@ def _check_program(bundle: Path, name: str, entry: dict[str, Any]) -> Check:
     from trainers.export.executorch import Program
 
     try:
-        found = Program(bundle / entry["file"], list(entry["inputs"])).shapes
+        found = Program(bundle / entry["file"], entry["order"]).shapes
     except ValueError as error:
         return Check(name, "inputs", problem=str(error))
     wrong = f"{bundle / entry['file']} takes {found}, the manifest says {entry['inputs']}."

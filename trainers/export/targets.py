@@ -83,6 +83,7 @@ def _write_executorch(
                 "file": path.relative_to(folder).as_posix(),
                 "bytes": len(lowered.program),
                 "inputs": {port: list(value.shape) for port, value in part.inputs.items()},
+                "order": list(part.inputs),  # the manifest's keys are sorted
                 "delegates": lowered.delegates,
                 "outside_delegates": lowered.outside,
             }

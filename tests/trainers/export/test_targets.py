@@ -22,6 +22,8 @@ from trainers.export.coreml import _excess, check_package, check_weights, compre
 from trainers.export.executorch import Program, lower
 from trainers.export.prepare import UNET_INPUTS, Part, UNetGraph, VaeDecoderGraph
 from trainers.export.rerun import inspect_bundle
+from trainers.export.rewrites import AveragedGroupNorm
+from trainers.export.samples import difference
 from trainers.export.settings import ExportSettings
 from trainers.export.target_checks import check_targets, require_targets
 from trainers.export.verify import verify_bundle
@@ -137,6 +139,34 @@ def test_a_graph_in_too_many_pieces_is_refused() -> None:
     layers = [layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.LayerNorm(8))]
     with pytest.raises(ValueError, match="8 XNNPACK delegates.*native_layer_norm"):
         lower(Part(nn.Sequential(*layers), {"states": torch.zeros(1, 4, 8)}, "states"))
+
+
+class Block(nn.Module):
+    """What a UNet is made of, in small: convolutions around a norm, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.norm, self.conv = nn.Conv2d(4, 32, 3, padding=1), AveragedGroupNorm(nn.GroupNorm(4, 32)), nn.Conv2d(32, 32, 3, padding=1)
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.out(self.conv(nn.functional.silu(self.norm(self.conv_in(states)))).permute(0, 2, 3, 1))
+
+
+@needs("executorch")
+def test_int8_program_is_smaller_close_and_calibrated(tmp_path: Path) -> None:
+    """Negative control: ranges from inputs a hundred times too small cut the activations off."""
+    torch.manual_seed(0)
+    part = Part(Block(), {"states": torch.randn(1, 4, 8, 8)}, "states")
+    feeds = [{"states": np.random.default_rng(seed).standard_normal((2, 4, 8, 8)).astype(np.float32)} for seed in range(2)]
+    small = [{"states": item["states"] * 0.01} for item in feeds]
+    found = {}
+    for form, given in (("fp32", []), ("int8", feeds), ("cut", small)):
+        lowered = lower(part, given, ("conv_in",))
+        (tmp_path / f"{form}.pte").write_bytes(lowered.program)
+        found[form] = (len(lowered.program), difference(answer(part), Program(tmp_path / f"{form}.pte", ["states"])(feed(part)))["psnr_db"])
+    assert found["int8"][0] < 0.75 * found["fp32"][0]
+    assert found["fp32"][1] > 120 and 35 < found["int8"][1] < 70 and found["cut"][1] < found["int8"][1] - 10, found
 
 
 @needs("executorch")
