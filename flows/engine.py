@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.policies.decided import decided
-from flows.config import PipelineConfig, load_config
+from flows.config import ConfigError, PipelineConfig, load_config
 from flows.gates import GateFailed
 from flows.key import SourceTree
 from flows.run import Planned, Run, make_plan
@@ -147,6 +147,8 @@ def execute(
         say(f"nothing to do: all {len(plan)} steps of {flow} are done")
         return run
     say(describe_plan(plan))
+    if any(planned.step.name == "export" and planned.state != "done" for planned in plan):
+        _require_targets(run.config["export"]["targets"])
     if (engine or run.config["exec"]["engine"]) == "prefect":
         try:
             return under_prefect(flow, preset, lake_root, overrides, until, say)
@@ -157,6 +159,16 @@ def execute(
             run = prepare(flow, preset, lake_root, overrides, until, say)
     run.run_all()
     return run
+
+
+def _require_targets(targets: Sequence[str]) -> None:
+    """The export would itself refuse a target whose extra is missing, but after hours of training."""
+    from trainers.export.target_checks import require_targets
+
+    try:
+        require_targets(targets)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def under_prefect(flow: str, preset: str, lake_root: Path, overrides: Sequence[str], until: str | None, say: Callable[[str], None]) -> Run:

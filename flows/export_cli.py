@@ -29,7 +29,7 @@ def verify(
         except ValueError as error:  # no manifest, or one of another version
             fail(str(error), 2)
         print_rows(
-            [{"part": item.part, "check": item.what, "value": item.value, "limit": item.limit, "result": "ok" if item.ok else "FAILED"} for item in checks],
+            [{"part": item.part, "check": item.what, "value": item.value, "limit": item.limit, "result": item.result} for item in checks],
             "table",
         )
         problems = [item.problem for item in checks if not item.ok]

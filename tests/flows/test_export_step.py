@@ -8,7 +8,9 @@ import pytest
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.schema import rows_table
-from flows import retrain
+from flows import engine, retrain
+from flows.config import ConfigError
+from flows.run import Run
 
 KINDS = ("recolour", "move", "remove")
 
@@ -44,3 +46,13 @@ def test_calibration_rows_are_training_rows_of_every_kind(context, monkeypatch) 
 def test_exactness_is_kept_relative_to_the_float_student() -> None:
     metrics = {"fp32/generate/generate_exact": 0.8, "int8/generate/generate_exact": 0.6, "fp32/edit/edit_exact": 0.0, "int8/edit/edit_exact": 0.0}
     assert retrain.kept_shares(metrics, "int8") == {"int8/generate/exact_kept": pytest.approx(0.75)}
+
+
+def test_a_missing_extra_is_refused_before_the_first_step(tmp_path, monkeypatch) -> None:
+    """Negative control: a run that ends before the export does not ask for it."""
+    monkeypatch.setattr("trainers.export.target_checks.missing_packages", lambda target: ["coremltools"] if target == "coreml" else [])
+    monkeypatch.setattr(Run, "run_all", lambda self: None)
+    overrides = ["export.targets=[onnxruntime, coreml]"]
+    with pytest.raises(ConfigError, match=r"coremltools cannot be imported; pip install"):
+        engine.execute("retrain", "smoke", tmp_path / "lake", overrides, engine="inline")
+    engine.execute("retrain", "smoke", tmp_path / "lake", overrides, until="t2i", engine="inline")

@@ -163,7 +163,8 @@ def test_every_dependency_is_pinned_to_a_version_it_allows():
     exact = pins()
     # The postgres extra is for clusters and is not part of the tested environment; it carries its own exact pin.
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["dev"], *extras["nsfw"], *extras["ocr"], *extras["bench"]]:
+    tested = ("dev", "nsfw", "ocr", "bench", "coreml", "executorch")
+    for text in [*project["dependencies"], *(text for extra in tested for text in extras[extra])]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in exact, f"{name} is not in infra/constraints.txt"

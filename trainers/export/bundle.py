@@ -22,6 +22,8 @@ from trainers.export.runner import Runner
 from trainers.export.samples import save_samples
 from trainers.export.settings import ExportSettings
 from trainers.export.source import Source, directory_digest, read_source
+from trainers.export.target_checks import require_targets
+from trainers.export.targets import write_targets
 from trainers.export.variants import float_files, write_variants
 from trainers.export.verify import verify_bundle
 
@@ -53,6 +55,7 @@ def export_bundle(
     Raises ValueError when the checkpoint is incomplete or a float graph is not equal to torch.
     """
     started = time.perf_counter()
+    require_targets(settings.targets)
     torch.set_num_threads(max(1, settings.threads))
     source = read_source(Path(checkpoint), settings.steps)
     settings = settings.carrying(source.weights)
@@ -86,6 +89,7 @@ def export_bundle(
     save_samples(draft, make_samples(reference, hidden, rows.parity))
     manifest["parity"], seconds = measure(draft, list(manifest["variants"]), settings.threads)
     check_float_graphs(manifest["parity"], settings)
+    manifest["targets"] = write_targets(draft, source, reference, settings, feeds, manifest["quantization"])
     (draft / "LOOP.md").write_text(describe_loop(manifest))
     (draft / "manifest.schema.json").write_text(manifest_schema())
     manifest["files"] = file_table(draft)
@@ -104,6 +108,7 @@ def export_bundle(
         "variants": {name: variant_bytes(manifest, name) for name in manifest["variants"]},
         "parity": manifest["parity"],
         "quantization": manifest["quantization"],
+        "targets": manifest["targets"],
         "seconds": {
             "graphs": round(graphs_done - started, 2),
             "variants": round(variants_done - graphs_done, 2),

@@ -11,10 +11,14 @@ from typing import Any
 
 from trainers.export.runner import Runner
 from trainers.export.samples import Samples, compare, load_samples
+from trainers.export.target_checks import check_targets, program_runners
 from trainers.export.verify import Check, check_bundle, read_manifest
 
 LOSS_DB = 3.0
 """A variant may come out this much below the PSNR that the export measured: other CPUs round other 8-bit values."""
+
+PLACES = {"graphs": "graphs", "latents": "end_to_end", "images": "images"}
+"""Where the manifest's parity keeps each kind of comparison."""
 
 KINDS = {"graphs": "graph", "latents": "latents after all steps", "images": "images"}
 
@@ -31,24 +35,35 @@ def inspect_bundle(bundle: Path, threads: int = 1) -> list[Check]:
         return checks
     samples = load_samples(bundle)
     for variant in manifest["variants"]:
-        checks += _parity(bundle, manifest, variant, samples, threads)
+        recorded = {
+            kind: {name.removesuffix(f"_{variant}"): value for name, value in manifest["parity"][place].items() if name.endswith(f"_{variant}")}
+            for kind, place in PLACES.items()
+        }
+        checks += _parity(bundle, manifest, variant, Runner(bundle, variant, threads), samples, recorded)
         checks += _costs(bundle, variant, samples, threads)
+    targets = list(check_targets(bundle, manifest))
+    checks += targets
+    if all(check.ok for check in targets):
+        for form, runner in program_runners(bundle, manifest, threads):
+            recorded = manifest["targets"]["executorch"]["parity"][form]
+            checks += _parity(bundle, manifest, f"executorch_{form}", runner, samples, recorded)
     return checks
 
 
-def _parity(bundle: Path, manifest: dict[str, Any], variant: str, samples: list[Samples], threads: int) -> Iterator[Check]:
-    recorded, places = manifest["parity"], {"graphs": "graphs", "latents": "end_to_end", "images": "images"}
-    for kind, found in compare(Runner(bundle, variant, threads), samples).items():
+def _parity(
+    bundle: Path, manifest: dict[str, Any], variant: str, runner: Runner, samples: list[Samples], recorded: dict[str, Any]
+) -> Iterator[Check]:
+    for kind, found in compare(runner, samples).items():
         for name, value in found.items():
-            if variant == "fp32" and kind != "images":
+            if variant.endswith("fp32") and kind != "images":
                 limit, good = manifest["settings"]["max_abs_error"], value["max_abs"] <= manifest["settings"]["max_abs_error"]
                 shown, allowed = f"{value['max_abs']:.1e}", f"<= {limit:.0e}"
             else:
-                limit = recorded[places[kind]][f"{name}_{variant}"]["psnr_db"] - LOSS_DB
+                limit = recorded[kind][name]["psnr_db"] - LOSS_DB
                 good, shown, allowed = value["psnr_db"] >= limit, f"{value['psnr_db']:.1f} dB", f">= {limit:.1f} dB"
             problem = (
                 f"{bundle}: {KINDS[kind]} of {name} in {variant} comes out {shown} from torch's, allowed is {allowed}; "
-                "this machine's ONNX Runtime does not compute what the export measured."
+                "this machine's runtime does not compute what the export measured."
             )
             yield Check(f"{name} {variant}", KINDS[kind], shown, allowed, "" if good else problem)
 

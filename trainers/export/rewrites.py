@@ -32,14 +32,14 @@ class FoldedAttention:
         inner = query.shape[-1]
         width = inner // attn.heads
         query = query.view(-1, length, attn.heads, width)
-        key = attn.to_k(context).view(-1, context.shape[1], 1, width)
+        key = attn.to_k(context)
         value = attn.to_v(context)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         query = query.reshape(-1, length * attn.heads, width)
-        scores = torch.bmm(query, key.squeeze(2).transpose(1, 2)) * width**-0.5
+        scores = torch.bmm(query, key.transpose(1, 2)) * width**-0.5
         if attention_mask is not None:
             scores = scores + attention_mask
         mixed = torch.bmm(scores.softmax(dim=-1), value).view(-1, length, inner)

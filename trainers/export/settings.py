@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from dreamlite_data.strict_settings import StrictSettings
 
 Variant = Literal["fp32", "fp16", "int8", "int4"]
+Target = Literal["onnxruntime", "coreml", "executorch"]
 
 RELEASE_LICENCE = "CC-BY-NC-4.0"
 """Licence of the released DreamLite weights; everything derived from them inherits it."""
@@ -24,6 +25,14 @@ class ExportSettings(StrictSettings):
     )
     text_encoder: bool = Field(
         True, description="Export the encoder as ONNX too. Off: it stays a named external part (a 2 B encoder)."
+    )
+    targets: tuple[Target, ...] = Field(
+        ("onnxruntime",),
+        description="What the bundle runs on. onnxruntime is always among them, for the others are calibrated with it; coreml and "
+        "executorch each need the extra of their name.",
+    )
+    coreml_weights: tuple[Literal["int8", "palette6", "palette4"], ...] = Field(
+        ("int8", "palette6"), description="Forms of the Core ML UNet's weights beside fp16; a palette has 2^6 or 2^4 values a tensor."
     )
     variants: tuple[Variant, ...] = Field(
         ("fp32", "fp16", "int8", "int4"),
@@ -76,6 +85,12 @@ class ExportSettings(StrictSettings):
             )
         derived = self.derived_from_release or bool(weights.get("derived_from_release"))
         return ExportSettings(**self.model_dump() | {"weights_licence": licence, "derived_from_release": derived})
+
+    @model_validator(mode="after")
+    def _calibrated_with_onnxruntime(self) -> ExportSettings:
+        if "onnxruntime" not in self.targets:
+            raise ValueError(f"export.targets {list(self.targets)} lacks 'onnxruntime', whose graphs calibrate the other targets; add it.")
+        return self
 
     @model_validator(mode="after")
     def _measured_against_float(self) -> ExportSettings:

@@ -28,10 +28,16 @@ class Check:
     value: str = ""
     limit: str = ""
     problem: str = ""
+    checked: bool = True
 
     @property
     def ok(self) -> bool:
         return not self.problem
+
+    @property
+    def result(self) -> str:
+        """'ok', 'FAILED', or 'not checked' where this machine lacks what it takes."""
+        return ("ok" if self.ok else "FAILED") if self.checked else "not checked"
 
 
 def verify_bundle(bundle: Path) -> dict[str, Any]:
