@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dreamlite_data.settings import RefreshSettings
 from flows.gates import Gate
+from trainers.execution import TrainExecution
 from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -32,6 +33,7 @@ class ExecSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     threads: int | None = Field(None, ge=1, description="threads that share a batch on CPUs; None takes one for each processor")
+    train: TrainExecution = Field(default_factory=TrainExecution, description="processes of the training steps")
     engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
 
 

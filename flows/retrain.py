@@ -42,15 +42,15 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
     rewarded = stage == "refl"
 
     def run(ctx: StepContext) -> StepResult:
-        from trainers.parallel import use_threads
-        from trainers.stages import train_stage
+        from trainers.launch import StageRequest, train
 
-        use_threads(config.exec.threads)
         versions = dataset_versions(ctx, settings.datasets)
-        metrics = train_stage(
-            stage, settings, config.model, components=components_folder(ctx), parent=ctx.inputs[parent].path("checkpoint") if parent else None,
-            lake=ctx.lake, datasets=versions, output=ctx.directory, seed=ctx.seed,
+        request = StageRequest(
+            stage=stage, settings=settings, model=config.model, components=components_folder(ctx),
+            parent=ctx.inputs[parent].path("checkpoint") if parent else None, lake=ctx.lake.root, datasets=versions,
+            output=ctx.directory, seed=ctx.seed, threads=config.exec.threads, execution=config.exec.train,
         )  # fmt: skip
+        metrics = train(request, ctx.lake)
         checkpoint, own_id = ctx.directory / "checkpoint", step_id(stage, ctx.key)
         weights = folder_digest(checkpoint)
         parent_id = ctx.inputs[parent].id if parent else None

@@ -108,11 +108,7 @@ def predict(
 
 
 def computing_in(precision: Precision, device_type: str) -> torch.autocast:
-    """Autocast for one call of a network.
-
-    Its cache of cast weights is off: it is shared by all threads, and a cast made without gradients (a rollout on one thread)
-    would be handed to a call that needs them (training on another), whose weights would then silently not train.
-    """
+    """Autocast for one call of a network. No weight is used twice in a call, so keeping its casts would only take memory."""
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 

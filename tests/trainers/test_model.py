@@ -100,3 +100,17 @@ def test_masked_text_changes_nothing():
     changed[:, 0] += 5.0
     seen = predict(unet, x, t, x, Embeddings(states, mask), 64) - predict(unet, x, t, x, Embeddings(changed, mask), 64)
     assert seen.abs().max() > 1e-3
+
+
+def test_bfloat16_arithmetic_is_near_and_trains_every_weight_in_float32():
+    unet = build_unet(TINY_MODEL, 64, 8).train()
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), Embeddings(torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.long))
+    velocities, gradients = [], []
+    for precision in ("float32", "bfloat16"):
+        velocities.append(predict(unet, x, t, x, text, 64, precision))
+        gradients.append(torch.autograd.grad((velocities[-1] ** 2).mean(), list(unet.parameters())))
+    assert {value.dtype for value in (*velocities, *gradients[1])} == {torch.float32}
+    error = (velocities[0] - velocities[1]).norm() / velocities[0].norm()
+    assert 0 < error < 0.05
+    angle = [torch.cat([value.flatten() for value in each]) for each in gradients]
+    assert torch.nn.functional.cosine_similarity(*angle, dim=0) > 0.98

@@ -153,7 +153,7 @@ def test_bfloat16_is_arithmetic_alone():
 
 
 def test_a_cast_that_a_rollout_made_is_not_the_one_that_trains():
-    """Autocast keeps casts of weights; one made without gradients and used with them would stop training without a sign."""
+    """Rollouts and training share weights, even in one outer context: every weight still gets its gradient."""
     net, x, t = point_net(), torch.randn(2, 2, 8, 8), torch.tensor([0.3, 0.8])
     text = POINTS.batch([0, 1], [0, 1]).text
     with torch.autocast("cpu", torch.bfloat16):  # an outer context keeps its casts until it ends
@@ -240,11 +240,11 @@ def test_the_discriminator_learns_and_pulls_the_student_and_is_off_by_default(sc
     """On constant student rows it tells data from them; the student's loss then has a gradient through it."""
     plain = DMD2Recipe(build_unet(TINY_MODEL, 64, 8), scenes, DMD2, (0, 5))
     assert set(plain.modules) == {"student", "fake"} and not DMD2.reads_targets
-    on = DMD2.model_copy(update={"gan_weight": 1.0, "gan_fake_weight": 1.0, "gan_time_high": 0.3, "fake_learning_rate": 2e-3})
+    on = DMD2.model_copy(update={"gan_weight": 1.0, "gan_fake_weight": 1.0, "gan_time_high": 0.3, "fake_learning_rate": 1e-3, "clip_norm": 10.0, "batch": 8, "micro_batch": 8})
     recipe = DMD2Recipe(build_unet(TINY_MODEL, 64, 8), scenes, on, (0, 5))
     before = {name: value.clone() for name, value in recipe.discriminator.state_dict().items()}
-    logs = [recipe._fake_step(0, number) for number in range(8)]
-    assert logs[-1]["loss_discriminator"] < 0.8 * logs[0]["loss_discriminator"]
+    logs = [recipe._fake_step(0, number) for number in range(10)]
+    assert logs[-1]["loss_discriminator"] < 0.5 * logs[0]["loss_discriminator"]
     assert logs[-1]["discriminator_accuracy"] > 0.8
     assert any(not torch.equal(value, before[name]) for name, value in recipe.discriminator.state_dict().items())
     batch = recipe._batch(0, 0)

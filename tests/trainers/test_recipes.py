@@ -10,12 +10,12 @@ from PIL import Image
 from tests.trainers.conftest import TINY_MODEL
 from tests.trainers.synthetic import SceneRows
 from tests.trainers.toys import IDENTITY_VAE, PointNet, PointRows
-from trainers import flow
+from trainers import flow, stages
 from trainers.batch_plan import Plan
 from trainers.conditioning import EDIT_TEMPLATE, GENERATE_TEMPLATE, PromptEncoder
 from trainers.data import Row, drop_conditions, foreground
 from trainers.loop import Ema, run
-from trainers.model import build_unet, load_vae
+from trainers.model import build_unet, load_unet, load_vae
 from trainers.recipes.dmd2 import DMD2Recipe, matching_gradient
 from trainers.recipes.refl import ReFLRecipe, hinge_loss
 from trainers.recipes.supervised import SupervisedRecipe
@@ -223,6 +223,17 @@ def test_dmd2_moves_student_and_fake_and_nothing_else(rows):
     student = {name: value.clone() for name, value in recipe.student.state_dict().items()}
     recipe._fake_step(1, 0)
     assert all(torch.equal(student[name], value) for name, value in recipe.student.state_dict().items())
+
+
+def test_the_checkpoint_of_a_stage_holds_the_average(components, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "TrainingRows", lambda *_, vae, encoder, **__: SceneRows(4, vae, encoder))
+    settings = SupervisedSettings(tasks={"generate": 1.0}, datasets=("t2i",), steps=2, batch=2, micro_batch=2, warmup_steps=0)
+    stages.train_stage(
+        "t2i", settings, TINY_MODEL, components=components, parent=None, lake=None, datasets={"t2i": 1}, output=tmp_path, seed=0
+    )
+    state, saved = torch.load(tmp_path / "state.pt", weights_only=True), load_unet(tmp_path / "checkpoint").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in state["ema"].items())
+    assert not all(torch.equal(value, saved[name]) for name, value in state["modules"]["unet"].items()), "not the last weights"
 
 
 POINTS = PointRows(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), 0.2)

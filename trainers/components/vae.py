@@ -38,6 +38,8 @@ ENCODER_SHARE = 0.06  # first share of the steps, in which only the encoder lear
 CROP_PX = 32
 """The network is convolutional, so it learns on windows around objects: four times as many objects for the same work."""
 CROP_SHIFT_PX = 8
+WHOLE_SHARE, WHOLE_BATCH = 0.2, 8
+"""Last share of the steps, which see whole scenes: the network reaches further than a window, and inside a scene it meets no border."""
 
 
 def build_vae(
@@ -67,7 +69,7 @@ def build_vae(
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         done = step / steps
-        windows = draw_windows(rng)
+        windows = draw_windows(rng) if done < 1 - WHOLE_SHARE else draw_windows(rng, WHOLE_BATCH, scenes.CANVAS_PX)
         images, weight = windows.images, windows.weight
         latents = model.encoder(images)
         loss_pixel = loss_edge = loss_read = torch.zeros(())
@@ -76,7 +78,7 @@ def build_vae(
             error = decoded - images
             loss_read = reading_loss(decoded, windows)
             loss_pixel = (weight * (error.abs() + 2 * error**2)).mean()
-            loss_edge = sum((weight.narrow(axis, 0, CROP_PX - 1) * error.diff(dim=axis).abs()).mean() for axis in (2, 3))
+            loss_edge = sum((weight.narrow(axis, 0, error.shape[axis] - 1) * error.diff(dim=axis).abs()).mean() for axis in (2, 3))
         logits = classifier(with_noise(latents, CLASS_NOISE, generator)).split(classes, 1)
         loss_class = sum(F.cross_entropy(part, windows.classes[:, field]) for field, part in enumerate(logits))
         # White latents: zero mean, unit spread, no channel a copy of another. It is the scale that flow matching's
@@ -105,7 +107,7 @@ def with_noise(latents: torch.Tensor, largest: float, generator: torch.Generator
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """`BATCH` windows around one object each: images [N, 3, CROP, CROP] in [-1, 1], weights [N, 1, CROP, CROP], classes of each
+    """Windows around one object each: images [N, 3, CROP, CROP] in [-1, 1], weights [N, 1, CROP, CROP], classes of each
     latent cell [N, fields, CROP / 8, CROP / 8]; and how the object is read: the empty background [N, 3, CROP, CROP], the object's
     colour [N, 3, 1, 1], every shape in every size where it stands [N, shapes * sizes, CROP, CROP] and which of them it is [N]."""
 
@@ -118,13 +120,13 @@ class Windows:
     drawn: torch.Tensor
 
 
-def draw_windows(rng: np.random.Generator) -> Windows:
-    """Windows around the objects of fresh scenes, `SMALL_SHARE` of them around small ones.
+def draw_windows(rng: np.random.Generator, count: int = BATCH, crop_px: int = CROP_PX) -> Windows:
+    """`count` windows around the objects of fresh scenes, `SMALL_SHARE` of them around small ones.
 
     Windows lie on the latent grid, where objects stand in a whole scene: other phases would be learned for nothing.
     """
     rows: list[tuple[np.ndarray, ...]] = []
-    while len(rows) < BATCH:
+    while len(rows) < count:
         scene = scenes.sample_scene(rng)
         pixels, empty = scenes.render(scene), background(scene.background, scene.style)
         weight = (object_weight(pixels[None], [scene])[0] + SHAPE_WEIGHT * shape_difference(scene) + GAP_WEIGHT * gaps(scene)).numpy()
@@ -133,16 +135,16 @@ def draw_windows(rng: np.random.Generator) -> Windows:
             if (item.size == "small") != (rng.random() < SMALL_SHARE):
                 continue
             shift = rng.integers(-CROP_SHIFT_PX, CROP_SHIFT_PX + 1, 2)
-            corner = np.rint((np.asarray(item.centre_px()) - CROP_PX / 2 + shift) / FACTOR)
-            left, top = np.clip(corner, 0, (scenes.CANVAS_PX - CROP_PX) // FACTOR).astype(int)
-            at = tuple(slice(start * FACTOR, start * FACTOR + CROP_PX) for start in (top, left))
-            cells = tuple(slice(start, start + CROP_PX // FACTOR) for start in (top, left))
+            corner = np.rint((np.asarray(item.centre_px()) - crop_px / 2 + shift) / FACTOR)
+            left, top = np.clip(corner, 0, (scenes.CANVAS_PX - crop_px) // FACTOR).astype(int)
+            at = tuple(slice(start * FACTOR, start * FACTOR + crop_px) for start in (top, left))
+            cells = tuple(slice(start, start + crop_px // FACTOR) for start in (top, left))
             x, y = (centre - start * FACTOR for centre, start in zip(item.centre_px(), (left, top), strict=True))
-            templates = np.stack([coverage(shape, radius, x, y, CROP_PX) for shape, radius in TEMPLATES])
+            templates = np.stack([coverage(shape, radius, x, y, crop_px) for shape, radius in TEMPLATES])
             drawn = np.asarray(TEMPLATES.index((item.shape, scenes.SIZES[item.size])))
             colour = np.asarray(scenes.COLOURS[item.colour]) * item.brightness
             rows.append((pixels[at], weight[:, *at], classes[:, *cells], empty[at], colour, templates, drawn))
-    images, weight, classes, behind, colour, templates, drawn = map(np.stack, zip(*rows[:BATCH], strict=True))
+    images, weight, classes, behind, colour, templates, drawn = map(np.stack, zip(*rows[:count], strict=True))
     return Windows(
         to_tensor(images).contiguous(memory_format=torch.channels_last), torch.from_numpy(weight), torch.from_numpy(classes),
         to_tensor(behind), (torch.from_numpy(colour).float() / 127.5 - 1)[:, :, None, None], torch.from_numpy(templates),
@@ -221,7 +223,7 @@ def object_weight(pixels: np.ndarray, drawn: list[scenes.Scene]) -> torch.Tensor
 
 
 @torch.no_grad()
-def measure_vae(model: AutoencoderTiny, *, seed: int, count: int = 512) -> dict[str, float]:
+def measure_vae(model: AutoencoderTiny, *, seed: int, count: int = 2048) -> dict[str, float]:
     """Round trips of `count` held-out scenes. `scenes_read`: share that the verifier still reads exactly, `scenes_read_noisy` with
     noise of deviation 0.15 on the latents; mean absolute errors in 0..255; mean and spread of the latents."""
     rng = np.random.default_rng((seed, 2))
