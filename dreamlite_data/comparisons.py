@@ -4,17 +4,21 @@ They run on the driver over narrow columns, read the history as columns too, and
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version, stamp
 from dreamlite_data.operators.contamination import ENTRIES, BenchmarkError, Contamination, read_benchmark
-from dreamlite_data.operators.duplicates import Duplicates
-from dreamlite_data.operators.run import make_current, pending
+from dreamlite_data.operators.duplicates import Duplicates, History
+from dreamlite_data.operators.run import ROWS_HELD, make_current, pending, pending_file
 from dreamlite_data.operators.semantic import Semantic, unit_vectors
+from dreamlite_data.schema import TABLES
 from dreamlite_data.settings import Benchmark, RefreshSettings
 from dreamlite_data.sources.digests import DigestCache, file_digests
 
@@ -26,21 +30,46 @@ nights (see `grouping.join_groups`), and it is the same cut after a crash, for p
 def group_duplicates(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
     """Put every measured image that has no group yet into one."""
     version = op_version(Duplicates)
-    rows = pending(
-        lake,
+    subjects = (
         "SELECT q.subject_id, q.pixel_hash, q.phash, least(i.width, i.height) AS min_side_px FROM current_quality q "
-        "JOIN images i ON i.image_id = q.subject_id",
-        "op_duplicates",
-        version,
+        "JOIN images i ON i.image_id = q.subject_id"
     )
-    if len(rows):
-        known = lake.query(
-            "SELECT group_id, pixel_hash, phash FROM op_duplicates WHERE op_version = $version AND group_id IS NOT NULL",
-            {"version": version},
-        )
-        lake.append({"op_duplicates": stamp("op_duplicates", Duplicates(known)(rows), version)})
+    answer = {"rows": 0, "failed": 0}
+    with pending_file(lake, subjects, Duplicates.table, version) as path:
+        if path is not None:
+            written = lake.staging / f"{Duplicates.table}-{version}.parquet"
+            with pq.ParquetWriter(written, TABLES[Duplicates.table], compression="zstd") as writer:
+                for found in Duplicates(grouped_before(lake, version, path)).portions(functools.partial(_portions, path)):
+                    writer.write_table(stamp(Duplicates.table, found, version))
+                    answer["rows"] += len(found)
+                    answer["failed"] += len(found) - found["error"].null_count
+            lake.add_files({Duplicates.table: [written]})
     make_current(lake, Duplicates.name, version, Duplicates.config())
-    return {"rows": len(rows), "failed": rows["pixel_hash"].null_count}
+    return answer
+
+
+def _portions(path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as rows:
+        for batch in rows.iter_batches(ROWS_HELD, columns=list(columns)):
+            yield pa.Table.from_batches([batch])
+
+
+def grouped_before(lake: Lake, version: str, path: str) -> History:
+    """What the new rows at `path` may meet: the hashes of all images that were grouped, and names of groups where they are asked for."""
+    known = f"(SELECT group_id, phash, pixel_hash FROM {Duplicates.table} WHERE op_version = $version AND group_id IS NOT NULL)"
+    of_version = {"version": version}
+    phash = lake.query(f"SELECT phash FROM {known} WHERE phash IS NOT NULL", of_version)["phash"].to_numpy()
+    pixels = lake.query(
+        f"SELECT min(group_id) AS group_id, pixel_hash FROM {known} JOIN read_parquet($path) USING (pixel_hash) GROUP BY pixel_hash",
+        {**of_version, "path": path},
+    )
+
+    def groups(hashes: np.ndarray) -> pa.Table:
+        return lake.query(
+            f"SELECT min(group_id) AS group_id, phash FROM {known} SEMI JOIN met USING (phash) GROUP BY phash", of_version, met=pa.table({"phash": hashes})
+        )
+
+    return History(phash, pixels, groups)
 
 
 def group_semantic(lake: Lake, settings: RefreshSettings) -> dict[str, int]:

@@ -130,7 +130,7 @@ class RayExecutor:
         first = list(itertools.islice(waiting, 1))
         if not first:
             return
-        ray = self._start()
+        ray = self.start()
         wanted = {"num_cpus": 1.0, **(resources or {})}
         self._refuse_unfit(ray, wanted)
         waiting = itertools.chain(first, waiting)
@@ -165,7 +165,7 @@ class RayExecutor:
         head = list(itertools.islice(waiting, 1))
         if not head:
             return
-        ray = self._start()
+        ray = self.start()
         wanted = {**resources, "num_cpus": 0.0}  # its CPU work is to feed the GPU: the CPUs are the first stage's
         self._refuse_unfit(ray, {**wanted, "num_cpus": 1.0})
         prepare = ray.remote(max_retries=RETRIES, num_cpus=1.0)(call_without_gpu)
@@ -195,7 +195,8 @@ class RayExecutor:
             said = " and ".join(f"{wanted[key]:g} {name}" for key, name in RESOURCES.items() if wanted.get(key))
             raise ExecutorError(f"no single node of the Ray cluster offers {said}, which one task needs: add a larger node or lower the request")
 
-    def _start(self) -> Any:
+    def start(self) -> Any:
+        """Ray, connected: the cluster at RAY_ADDRESS, or one of this executor's own. Raises ExecutorError where neither answers."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray runs workers at nice 15 by default: beside anything else that computes they all but stand still.

@@ -25,6 +25,8 @@ from dreamlite_data.strict_settings import StrictSettings
 if TYPE_CHECKING:
     from dreamlite_data.quotas import Quotas
 
+PHOTOS = "photos"
+
 
 class ScenesSettings(StrictSettings):
     """The small world as a source. `fault_share` of the rows is broken on purpose, so that filters can be graded."""
@@ -294,6 +296,9 @@ class RefreshSettings(StrictSettings):
     edit_pairs: EditPairsSettings = EditPairsSettings()
     quotas: QuotaSettings = QuotaSettings()
     extra_sources: tuple[ExtraSource, ...] = ()
+    edit_sources: tuple[str, ...] = (PHOTOS,)
+    """Whose pictures the edit routes start from: 'photos', the packaged ones, and names of `extra_sources`. To take a name out again
+    stops new edits; those that were made of its pictures stay."""
     downloads: DownloadSettings = DownloadSettings()
     ingest: IngestSettings = IngestSettings()
     semantic: SemanticSettings = SemanticSettings()
@@ -323,6 +328,18 @@ class RefreshSettings(StrictSettings):
                 f"refresh.edit_model.device is {self.edit_model.device!r}, but with executor ray each worker is given its own GPU and sees no "
                 "other: write 'cuda'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _edit_sources_are_there(self) -> RefreshSettings:
+        extra = [source.name for source in self.extra_sources]
+        for name in self.edit_sources:
+            if name not in (PHOTOS, *extra):
+                near = difflib.get_close_matches(name, (PHOTOS, *extra), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(map(repr, (PHOTOS, *extra)))}"
+                raise ValueError(f"refresh.edit_sources names {name!r}, which is neither 'photos' nor one of refresh.extra_sources: {hint}")
+        if PHOTOS in extra and "edit_sources" in self.model_fields_set:
+            raise ValueError("refresh.edit_sources means the packaged photos by 'photos': give the source of refresh.extra_sources another name")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import finetune_cli, parts_cli, policy_cli, rewards_cli
+from flows import export_cli, finetune_cli, parts_cli, policy_cli, rewards_cli
 from flows.console import DEFAULT_LAKE, LakeFolder, clear_errors, fail, open_lake, print_arrow, print_rows, say, warn
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ app = typer.Typer(
     "world, exports the model and writes a report. Run it again and it does only what changed.",
 )
 
+app.add_typer(export_cli.app)  # verify, export-size
 app.add_typer(policy_cli.app)  # policy, datasets, publish, forget
 app.add_typer(rewards_cli.rewards, name="rewards")
 app.add_typer(parts_cli.app, name="parts")
@@ -86,7 +87,7 @@ def evaluate(
 
 @app.command()
 def export(preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, engine: Engine = None) -> None:
-    """Make the on-device bundle (ONNX in float and int8, tokenizer, runner); earlier steps that are not done are done first."""
+    """Make the on-device bundle (ONNX in float, half, int8 and int4, tokenizer, runner); earlier steps that are not done are done first."""
     run = _execute("retrain", preset, lake, set_, "export", engine)
     say(f"artifact: {run.records['export'].path('bundle')}")
 
@@ -95,13 +96,40 @@ def export(preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set =
 def plan(
     preset: Preset = "mini", lake: LakeFolder = DEFAULT_LAKE, set_: Set = None, until: Until = None,
     flow: Annotated[str, typer.Option(help="retrain or refresh.")] = "retrain",
+    gpu: Annotated[str | None, typer.Option(help="Say what training takes on this GPU: h100, a100, l40s, ... Default: h100 for the 0.39 B model.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 8,
+    mfu: Annotated[float, typer.Option(help="Share of their peak that training reaches; plan for half of the default too.")] = 0.28,
+    images: Annotated[int | None, typer.Option(help="Images to train on, for the size of the caches.")] = None,
+    edits: Annotated[int | None, typer.Option(help="Edit triplets to train on, for the size of the caches.")] = None,
 ) -> None:  # fmt: skip
-    """Check the configuration and show what a run would do and why. Computes nothing, needs no GPU."""
+    """Check the configuration and show what a run would do and why, and what it takes on GPUs. Computes nothing, needs no GPU."""
     with clear_errors():
-        from flows.engine import look_ahead
+        from flows.config import load_config
+        from flows.engine import go_offline, look_ahead
 
+        go_offline()
         planned, _ = look_ahead(flow, preset, lake, set_ or [], until)
         print_rows([{"step": item.step.name, "state": item.state, "why": item.why, "what": item.step.about} for item in planned], "table")
+        config = load_config(preset, set_ or [])
+        if flow != "retrain" or (gpu is None and config.model.preset != "official"):
+            return
+        from flows.compute_plan import compute_tables
+        from trainers.compute import Cluster
+
+        try:
+            cluster = Cluster.of(gpu or "h100", gpus, mfu)
+        except ValueError as error:
+            fail(str(error), 2)
+        for title, rows in compute_tables(config, cluster, images, edits, say).items():
+            say(f"\n{title}")
+            print_rows([{name: _plain(value) for name, value in row.items()} for row in rows], "table")
+
+
+def _plain(value: Any) -> Any:
+    """A number as people read it: three digits that count, thousands apart."""
+    if not isinstance(value, (int, float)):
+        return value
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
 @app.command()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dreamlite_data.settings import RefreshSettings
 from flows.gates import Gate
+from trainers.execution import TrainExecution
 from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, StartSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -32,6 +33,7 @@ class ExecSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     threads: int | None = Field(None, ge=1, description="threads that share a batch on CPUs; None takes one for each processor")
+    train: TrainExecution = Field(default_factory=TrainExecution, description="processes of the training steps")
     engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
 
 
@@ -54,11 +56,11 @@ class PipelineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _gates_name_steps(self) -> PipelineConfig:
-        evaluations = [f"evaluate_{stage}" for stage in STAGES] + ["evaluate_export"]
+        evaluations = [f"evaluate_{stage}" for stage in STAGES] + ["export", "evaluate_export"]
         for gate in self.gates:
             for name in filter(None, (gate.after, gate.compared_to)):
                 if name not in evaluations:
-                    raise ValueError(f"gates: no evaluation step '{name}'; there are {', '.join(evaluations)}")
+                    raise ValueError(f"gates: no step with gates '{name}'; there are {', '.join(evaluations)}")
             if gate.compared_to and evaluations.index(gate.compared_to) >= evaluations.index(gate.after):
                 raise ValueError(f"gates: '{gate.compared_to}' must come before '{gate.after}'")
         return self

@@ -17,10 +17,10 @@ class GateFailed(RuntimeError):
 
 
 class Gate(BaseModel):
-    """One condition on an evaluation step's metric, looked at right after that step.
+    """One condition on the metric of an evaluation step, or of the export, looked at right after that step.
 
-    after: the evaluation step ('evaluate_dmd2').   metric: 'task/metric' as in its metrics ('generate/exact').
-    min: the value may not be below this.   max_drop: it may not lie more than this below the same metric of `compared_to`.
+    after: the step ('evaluate_dmd2', 'export').   metric: 'task/metric' as in its metrics ('generate/exact').
+    min, max: the value may not be below, or above, this.   max_drop: it may not lie more than this below the same metric of `compared_to`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,6 +28,7 @@ class Gate(BaseModel):
     after: str
     metric: str
     min: float | None = None
+    max: float | None = None
     compared_to: str | None = None
     max_drop: float | None = Field(default=None, ge=0)
 
@@ -35,8 +36,8 @@ class Gate(BaseModel):
     def _complete(self) -> Gate:
         if (self.compared_to is None) != (self.max_drop is None):
             raise ValueError("a gate that compares needs both 'compared_to' (an earlier evaluation step) and 'max_drop'")
-        if self.min is None and self.max_drop is None:
-            raise ValueError("a gate needs 'min', or 'compared_to' with 'max_drop'")
+        if self.min is None and self.max is None and self.max_drop is None:
+            raise ValueError("a gate needs 'min', 'max', or 'compared_to' with 'max_drop'")
         return self
 
 
@@ -51,6 +52,8 @@ def check_gates(
         value = _metric(records, step, gate.metric)
         if gate.min is not None and not value >= gate.min:
             failures.append(f"{gate.metric} after {step} is {value:.4f}, the gate asks for at least {gate.min:g}")
+        if gate.max is not None and not value <= gate.max:
+            failures.append(f"{gate.metric} after {step} is {value:.4f}, the gate allows at most {gate.max:g}")
         if gate.compared_to is not None and gate.max_drop is not None:
             before = _metric(records, gate.compared_to, gate.metric)
             if not before - value <= gate.max_drop:

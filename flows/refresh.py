@@ -41,6 +41,8 @@ def refresh_steps(config: PipelineConfig) -> list[Step]:
     edit_routes = {"composite": spec_of(settings.composite, EDIT_FOLDERS), "edit_model": spec_of(settings.edit_model, EDIT_FOLDERS)}
     if settings.edit_model.instructor is not None:
         edit_routes["instructor"] = _chat_spec(settings.edit_model.instructor)
+    if settings.edit_sources != RefreshSettings().edit_sources:
+        edit_routes["edit_sources"] = sorted(settings.edit_sources)
     extra = [spec_of(source) for source in settings.extra_sources]  # without the path: their content counts, see `external`
     fetches = any(source.kind in ("url_list", "jsonl", "parquet") for source in settings.extra_sources)
     downloads = {"downloads": spec_of(settings.downloads)} if fetches else {}

@@ -330,7 +330,7 @@ def _artifact(run: Run) -> str:
         return [[name.replace("_", " "), f"{v['max_abs']:.1e}", f"{v['psnr_db']:.1f} dB"] for name, v in sorted(parity.get(part, {}).items())]
 
     head = ["largest difference", "PSNR"]
-    record = numbers.get("quantization") or {}
+    record = (numbers.get("quantization") or {}).get("unet_int8", {})
     words = ""
     if record:
         calibration = record.get("calibration", {})

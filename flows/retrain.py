@@ -50,15 +50,15 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
     rewarded = stage == "refl"
 
     def run(ctx: StepContext) -> StepResult:
-        from trainers.parallel import use_threads
-        from trainers.stages import train_stage
+        from trainers.launch import StageRequest, train
 
-        use_threads(config.exec.threads)
         versions = dataset_versions(ctx, settings.datasets)
-        metrics = train_stage(
-            stage, settings, config.model, components=components_folder(ctx), parent=ctx.inputs[parent].path("checkpoint") if parent else None,
-            lake=ctx.lake, datasets=versions, output=ctx.directory, seed=ctx.seed,
+        request = StageRequest(
+            stage=stage, settings=settings, model=config.model, components=components_folder(ctx),
+            parent=ctx.inputs[parent].path("checkpoint") if parent else None, lake=ctx.lake.root, datasets=versions,
+            output=ctx.directory, seed=ctx.seed, threads=config.exec.threads, execution=config.exec.train,
         )  # fmt: skip
+        metrics = train(request, ctx.lake)
         checkpoint, adapter, own_id = ctx.directory / "checkpoint", ctx.directory / "adapter", step_id(stage, ctx.key)
         weights = folder_digest(checkpoint)
         parent_id = ctx.inputs[parent].id if parent else None
@@ -139,7 +139,12 @@ def export_step(config: PipelineConfig) -> Step:
     def run(ctx: StepContext) -> StepResult:
         from trainers.export.bundle import export_bundle
 
-        lineage = {"checkpoint": ctx.inputs[stage].id, "step": step_id("export", ctx.key)}
+        lineage = {
+            "checkpoint": ctx.inputs[stage].id,
+            "step": step_id("export", ctx.key),
+            "datasets": {name: f"{name}@{version}" for name, version in dataset_versions(ctx, HELDOUT).items()},
+            "calibration_sql": " ".join(CALIBRATION_SQL.split()),
+        }
         answer = export_bundle(
             ctx.inputs[stage].path("checkpoint"),
             settings,
@@ -150,7 +155,13 @@ def export_step(config: PipelineConfig) -> Step:
         artifact_id = answer["artifact_id"]
         return StepResult(
             outputs={"bundle": Path(answer["bundle"]), "artifact_id": artifact_id, "numbers": {k: v for k, v in answer.items() if k != "bundle"}},
-            metrics={"megabytes": answer["bytes"] / 1e6, **{f"{name}_megabytes": size / 1e6 for name, size in answer["sizes"].items()}},
+            metrics={
+                "megabytes": answer["bytes"] / 1e6,
+                **{f"{name}_megabytes": size / 1e6 for name, size in answer["sizes"].items()},
+                **{f"{name}/size_share": size / answer["variants"]["fp32"] for name, size in answer["variants"].items()},
+                **{f"{name.rpartition('_')[2]}/{name.rpartition('_')[0]}/latent_psnr_db": value["psnr_db"]
+                   for name, value in answer["parity"]["end_to_end"].items()},
+            },
             digests={"bundle": answer["digest"]},
             lineage=[Edge("artifact", artifact_id, "checkpoint", ctx.inputs[stage].id, "exported_from"),
                      Edge("artifact", artifact_id, "step", step_id("export", ctx.key), "made_by")],
@@ -171,21 +182,36 @@ def export_step(config: PipelineConfig) -> Step:
     )
 
 
+CALIBRATION_SQL = """
+SELECT row_id, task, text, source_image_id
+FROM (
+    SELECT *, row_number() OVER (PARTITION BY task, coalesce(edit_type, '') ORDER BY md5(row_id || $seed)) AS turn
+    FROM dataset_rows WHERE name = $name AND version = $version AND split = 'train'
+)
+ORDER BY turn, md5(row_id || $seed) LIMIT $rows
+"""
+"""Every kind of edit in turn, rows of a kind in an order that the seed draws; the same rows on every machine."""
+
+
 def training_rows(ctx: StepContext, names: tuple[str, ...], count: int) -> list[dict[str, Any]]:
-    """`count` training rows of each dataset as {task, text, image (bytes of an edit's source)}: never held-out ones."""
-    from dreamlite_data.dataset import open_dataset, read_images
+    """`count` training rows of each dataset as {id, task, text, image (bytes of an edit's source)}, drawn by SQL: never held-out ones."""
+    from dreamlite_data.dataset import read_images
 
     rows: list[dict[str, Any]] = []
     for name, version in dataset_versions(ctx, names).items():
-        train = sorted(open_dataset(ctx.lake, name, version).split("train").to_pylist(), key=lambda row: row["row_id"])[:count]
-        images = read_images(ctx.lake, [row["source_image_id"] for row in train if row["task"] == "edit"])
-        rows += [{"task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])} for row in train]
+        wanted = {"name": name, "version": version, "seed": str(ctx.seed), "rows": count}
+        drawn = ctx.lake.query(CALIBRATION_SQL, wanted).to_pylist()
+        images = read_images(ctx.lake, [row["source_image_id"] for row in drawn])
+        rows += [
+            {"id": f"{name}@{version}/{row['row_id']}", "task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])}
+            for row in drawn
+        ]
     return rows
 
 
 def evaluate_export_step(config: PipelineConfig) -> Step:
-    """Judge the artifact itself, in float and in int8, with the runner that ships in it."""
-    variants = ("fp32", "int8") if config.export.quantize else ("fp32",)
+    """Judge the artifact itself, in every variant, with the runner that ships in it."""
+    variants = config.export.variants
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.export.evaluate import evaluate_bundle
@@ -195,6 +221,7 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         for variant in variants:
             rows = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed, output=ctx.directory)
             metrics |= {f"{variant}/{name}": value for name, value in as_metrics(rows).items()}
+            metrics |= kept_shares(metrics, variant)
             evals += [{**row, "stage": f"export_{variant}"} for row in rows]
         return StepResult(metrics=metrics, rows={"evals": evals})
 
@@ -205,8 +232,18 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         spec=spec_of(config.export),
         seed=config.seed,
         inputs=("export:bundle",),
-        about="Judge the exported bundle as a phone would run it, in float and in int8.",
+        about="Judge the exported bundle as a phone would run it, in float and in every smaller variant.",
     )
+
+
+def kept_shares(metrics: dict[str, float], variant: str) -> dict[str, float]:
+    """'<variant>/<task>/exact_kept': exact matches as a share of the fp32 student's, where that has any."""
+    shares = {}
+    for task in ("generate", "edit"):
+        float_exact = metrics.get(f"fp32/{task}/{task}_exact", 0.0)
+        if float_exact > 0 and f"{variant}/{task}/{task}_exact" in metrics:
+            shares[f"{variant}/{task}/exact_kept"] = metrics[f"{variant}/{task}/{task}_exact"] / float_exact
+    return shares
 
 
 def report_step(before: list[Step]) -> Step:

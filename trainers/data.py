@@ -25,6 +25,7 @@ from trainers.model import latent_scale
 from trainers.pixels import to_tensor
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 from trainers.tensor_cache import TensorCache
+from trainers.throughput import counts_as_data_wait
 
 MASK_CELLS = 8
 COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType({"generate": (), "edit": ("source_image_id",)})
@@ -161,6 +162,7 @@ class TrainingRows:
     def _latent_key(self, image_id: str, panel: Panel) -> str:
         return image_id if panel == (self.size_px, self.size_px) else f"{image_id}/{panel[0]}x{panel[1]}"
 
+    @counts_as_data_wait
     def batch(self, indices: Sequence[int], positions: Sequence[int], *, with_target: bool = True) -> Batch:
         """Assemble rows of one panel shape; `with_target=False` leaves `latents` zero (prompts of ReFL and DMD2 need no target)."""
         rows = [self.rows[index] for index in indices]

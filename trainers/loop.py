@@ -1,17 +1,20 @@
-"""The one training loop: step, log, checkpoint, resume.
+"""The one training loop: step, log, checkpoint, resume; in one process or in many that share each global batch.
 A recipe owns networks and optimizers; the loop owns time, the log and the state on disk."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -19,11 +22,15 @@ from torch import nn
 
 from dreamlite_data.progress import Progress
 from trainers.data import Batch
+from trainers.distributed import as_the_first_says, copy_from_first, gathered, own_share, sum_over_processes, wait_for_all, world
 from trainers.lora import load_trained_state, trained_state
 from trainers.nonfinite import NonFiniteError, require_finite, stop
 from trainers.parallel import map_threads
+from trainers.throughput import Throughput
 
 LOG_EVERY = 10
+SAVING_SHARE = 0.05
+"""Of the time, at most, goes into writing checkpoints: large ones are written less often than was asked."""
 
 
 class Recipe(Protocol):
@@ -33,6 +40,7 @@ class Recipe(Protocol):
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     ema: Ema
+    settings: Any  # its `batch` is the number of rows of one global batch
 
     def step(self, index: int) -> dict[str, float]: ...
 
@@ -72,67 +80,135 @@ def power_exponent(width: float) -> float:
     return float(max(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real))
 
 
-def run(recipe: Recipe, *, steps: int, output: Path, label: str, checkpoint_every_s: float = 30.0) -> dict[str, float]:
+def run(
+    recipe: Recipe,
+    *,
+    steps: int,
+    output: Path,
+    label: str,
+    checkpoint_every_s: float = 30.0,
+    flops_per_sample: Callable[[int], float] | None = None,
+    peak_flops: float | None = None,
+    on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> dict[str, float]:
     """Train to `steps`, resuming from `output`; returns the mean of each metric over the last tenth of the run.
 
     A recipe with a `stop_reason()` ends the run early where that gives one: then `stopped_at_step` is among the metrics.
 
     Writes output/metrics.jsonl (one line a logged value) and output/state.pt (weights, optimizers, average, position),
     the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
-    Raises FloatingPointError with the step's number where a loss, gradient or metric is not finite; see `nonfinite` for its rows.
+    The position counts steps, and so rows of the plan: it holds for any number of processes, which may change with a resume.
+    Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
+    each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` of a step is logged as a rate,
+    and as a share of `peak_flops` (of all processes) where that is known.
+    Raises FloatingPointError with the step's number where a loss, gradient or metric is not finite (see `nonfinite` for
+    its rows), RuntimeError where another training writes
+    to `output`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    start = _resume(recipe, output)
-    log_path = output / "metrics.jsonl"
-    _drop_lines_after(log_path, start)
-    saved_at = time.monotonic()
-    window: dict[str, list[float]] = {}
-    with log_path.open("a") as log, Progress(label, total=steps, unit="steps", done=start) as bar:
+    kept = max(LOG_EVERY, steps // 10)
+    with _log_of_the_first(output) as log:
+        start, window = _resume(recipe, output, kept)
+        _begin_alike(recipe, start, output)
+        _drop_lines_after(log, start)
+        rates, rows = Throughput(peak_flops), recipe.settings.batch
+        saved_at, pause = time.monotonic(), checkpoint_every_s
         done, stopped = start, None
-        for index in range(start, steps):
-            stopped = _stop_reason(recipe)
-            if stopped:
-                break
-            try:
-                metrics = recipe.step(index)
-            except NonFiniteError as error:
-                raise stop(error, label, index, output) from None
-            broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if broken:
-                raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
-            for name, value in metrics.items():
-                window.setdefault(name, []).append(value)
-            done = index + 1
-            if done % LOG_EVERY == 0 or done == steps:
-                for name, values in window.items():
-                    mean = sum(values[-LOG_EVERY:]) / len(values[-LOG_EVERY:])
-                    log.write(json.dumps({"position": done, "name": name, "value": mean}) + "\n")
-                log.flush()
-            bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})
-            if time.monotonic() - saved_at >= checkpoint_every_s:
-                _save(recipe, done, output)
-                saved_at = time.monotonic()
-    _save(recipe, done, output)
-    tail = max(1, done // 10)
-    means = {name: sum(values[-tail:]) / len(values[-tail:]) for name, values in window.items()}
+        with Progress(label, total=steps, unit="steps", done=start) as bar:
+            for index in range(start, steps):
+                stopped = _stop_reason(recipe)
+                if stopped:
+                    break
+                try:
+                    metrics = recipe.step(index)
+                except NonFiniteError as error:
+                    raise stop(error, label, index, output) from None
+                rates.step_done(rows, rows * flops_per_sample(index) if flops_per_sample else 0.0)
+                broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+                if broken:
+                    raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
+                for name, value in metrics.items():
+                    window.setdefault(name, deque(maxlen=kept)).append(value)
+                done = index + 1
+                if done % LOG_EVERY == 0 or done == steps:
+                    means = {name: _mean(values, LOG_EVERY) for name, values in window.items()}
+                    for name, value in {**means, **rates.since_last()}.items():
+                        log.write(json.dumps({"position": done, "name": name, "value": value}) + "\n")
+                    log.flush()
+                bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})
+                if _is_due(time.monotonic() - saved_at >= pause, shared=on_checkpoint is not None):
+                    started = time.monotonic()
+                    _save(recipe, done, window, output)
+                    saved_at = time.monotonic()
+                    pause = max(checkpoint_every_s, (saved_at - started) / SAVING_SHARE)
+                    if on_checkpoint:
+                        on_checkpoint(done, metrics)
+        _save(recipe, done, window, output)
+    wait_for_all()
+    means = {name: _mean(values, max(1, done // 10)) for name, values in window.items()} | rates.overall()
+    if on_checkpoint:
+        on_checkpoint(done, means)
     if stopped:
         print(f"{label} stopped after {done} of {steps} steps: {stopped}", file=sys.stderr)
         means["stopped_at_step"] = float(done)
     return means
 
 
+@contextmanager
+def _log_of_the_first(output: Path) -> Iterator[TextIO]:
+    """metrics.jsonl of the process that writes, held as long as it trains; nothing keeps what the others would log.
+
+    Raises RuntimeError where another training writes here: one whose launcher was killed may live on, and both would spoil the state.
+    """
+    if not world().first:
+        with open(os.devnull, "w") as nothing:
+            yield nothing
+        return
+    with (output / "metrics.jsonl").open("a+") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {output}: end it, or wait for it, and go on then") from None
+        yield log
+
+
+def _mean(values: Sequence[float], count: int) -> float:
+    """Mean of the newest `count` values."""
+    newest = list(values)[-count:]
+    return sum(newest) / len(newest)
+
+
+def _begin_alike(recipe: Recipe, start: int, output: Path) -> None:
+    """Give every process the weights of the first. Raises ValueError where they found different checkpoints."""
+    starts = gathered(start)
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints at steps {', '.join(map(str, starts))} in {output}: give a folder that all of them see"
+        )
+    for module in recipe.modules.values():
+        copy_from_first(list(module.state_dict().values()))
+    copy_from_first(list(recipe.ema.weights.values()))
+
+
+def _is_due(due: bool, *, shared: bool) -> bool:
+    """Whether this process takes part in a checkpoint now: the first one, and all of them where each is told of it."""
+    return as_the_first_says(due) if shared else due and world().first
+
+
 def _stop_reason(recipe: Recipe) -> str | None:
     """What a recipe that watches itself has against a further step. It is asked before each, so a resumed run asks first too."""
     ask = getattr(recipe, "stop_reason", None)
-    return ask() if ask else None
+    return as_the_first_says(ask()) if ask else None
 
 
 def batch_gradient(
     parameters: Sequence[nn.Parameter], batch: Batch, micro_batch: int, loss: Callable[[Batch], tuple[torch.Tensor, dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Set `.grad` to the gradient of the mean over the batch; `loss` of a micro-batch returns its mean and what to log.
+    """Set `.grad` to the gradient of the mean over the global batch; `loss` of a micro-batch returns its mean and what to log.
 
-    Micro-batches run side by side on the threads there are and are summed in their order, so threads change no bit.
+    Each process takes its share of the rows, in the plan's order. Micro-batches run side by side on the threads there are and
+    are summed in their order, so threads change no bit; sums over processes differ by rounding. Returns the logs of all
+    micro-batches of all processes, in the order of the rows.
     """
 
     def one(part: Batch) -> tuple[tuple[torch.Tensor | None, ...], dict[str, Any]]:
@@ -142,14 +218,20 @@ def batch_gradient(
         require_finite(value, gradients, part, parameters, loss)
         return gradients, {"loss": value.item(), **logs}
 
-    results = list(map_threads(one, batch.split(micro_batch)))
-    total = results[0][0]
-    used = [index for index, gradient in enumerate(total) if gradient is not None]
-    for gradients, _ in results[1:]:
-        torch._foreach_add_([total[index] for index in used], [gradients[index] for index in used])
+    own = batch.split(own_share(len(batch.rows)))[world().rank]
+    total: list[torch.Tensor | None] = []
+    logs = []
+    for gradients, logged in map_threads(one, own.split(micro_batch)):
+        logs.append(logged)
+        if not total:
+            total = list(gradients)
+            used = [index for index, gradient in enumerate(total) if gradient is not None]
+        else:
+            torch._foreach_add_([total[index] for index in used], [gradients[index] for index in used])
+    sum_over_processes([total[index] for index in used])
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = gradient
-    return [logs for _, logs in results]
+    return [logged for part in gathered(logs) for logged in part]
 
 
 def mean_logs(logs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -174,13 +256,16 @@ def cosine_rate(index: int, *, steps: int, peak: float, warmup: int, final_share
     return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _save(recipe: Recipe, position: int, output: Path) -> None:
+def _save(recipe: Recipe, position: int, window: Mapping[str, Sequence[float]], output: Path) -> None:
+    if not world().first:
+        return
     state = {
         "position": position,
         "modules": {name: trained_state(module) for name, module in recipe.modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in recipe.optimizers.items()},
         "ema": recipe.ema.weights,
         "ema_updates": recipe.ema.updates,
+        "window": {name: list(values) for name, values in window.items()},
     }
     partial = output / "state.partial"
     with partial.open("wb") as file:
@@ -190,10 +275,11 @@ def _save(recipe: Recipe, position: int, output: Path) -> None:
     partial.rename(output / "state.pt")
 
 
-def _resume(recipe: Recipe, output: Path) -> int:
+def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deque[float]]]:
+    """(position, newest metrics) of the checkpoint in `output`, loaded into the recipe; (0, nothing) where there is none."""
     path = output / "state.pt"
     if not path.is_file():
-        return 0
+        return 0, {}
     try:
         state = torch.load(path, weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -206,16 +292,21 @@ def _resume(recipe: Recipe, output: Path) -> int:
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not of this stage's network and settings ({str(error).splitlines()[0]}): give another output folder") from None
     recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]
-    return int(state["position"])
+    return int(state["position"]), {name: deque(values, maxlen=kept) for name, values in state["window"].items()}
 
 
-def _drop_lines_after(path: Path, position: int) -> None:
-    if path.is_file():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["position"] <= position:
-                    kept.append(line)
-            except ValueError:  # the line that a kill cut off
-                continue
-        path.write_text("".join(line + "\n" for line in kept))
+def _drop_lines_after(log: TextIO, position: int) -> None:
+    """Take out of the open log what a killed process wrote after its last checkpoint, and the line that the kill cut off."""
+    if not log.readable():
+        return
+    log.seek(0)
+    kept = []
+    for line in log:
+        try:
+            if json.loads(line)["position"] <= position:
+                kept.append(line)
+        except ValueError:
+            continue
+    log.truncate(0)
+    log.writelines(kept)
+    log.flush()

@@ -4,7 +4,7 @@ Each function reads folders and dataset versions and writes one folder; nothing 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from PIL import Image
 from dreamlite_data.lake import Lake
 from dreamlite_data.rewards import load_reward, load_scorer
 from trainers.components.build import build_components
+from trainers.compute import flops_per_sample, peak_flops
 from trainers.conditioning import PromptEncoder, encoder_grid_px
 from trainers.data import TrainingRows
+from trainers.distributed import first_process_first, wait_for_all, world
 from trainers.evaluate import evaluate_images, velocity_loss
+from trainers.execution import TrainExecution
 from trainers.inference import Sampler
 from trainers.loop import run
 from trainers.lora import add_lora, merge_lora, save_lora
@@ -24,6 +27,7 @@ from trainers.model import build_unet, latent_scale, load_facts, load_unet, load
 from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
+from trainers.reward_sharding import shard_reward
 from trainers.settings import (
     DMD2Settings,
     EvaluateSettings,
@@ -59,9 +63,13 @@ def train_stage(
     datasets: Versions,
     output: Path,
     seed: int,
+    execution: TrainExecution | None = None,
+    on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Train one stage into output/checkpoint, resuming from output/ where an earlier try was killed.
     Of a stage that trains an adapter, output/adapter holds it, and the checkpoint the network with it merged in.
+
+    Where several processes have been joined (`trainers.launch`), each calls this; the first one writes.
 
     `datasets` maps each name that the settings list to its version. Returns the last metrics. Raises ValueError where
     the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent.
@@ -97,16 +105,37 @@ def train_stage(
 
     key = (seed, STAGES.index(stage))
     phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
-    rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
+    with first_process_first():  # it fills the caches of latents and prompt states, the others read them
+        rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
+    execution, peak = execution or TrainExecution(), peak_flops()
+    if execution.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):
         rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
         seconds = {task: load_scorer(second.kind, second.model) for task, second in settings.second_scorers.items()}
+        for reward in rewards.values():
+            if execution.gradient_checkpointing:
+                reward.enable_activation_checkpointing()
+            if execution.shard_rewards:
+                shard_reward(reward, settings.batch)
         recipe = ReFLRecipe(unet, vae, rewards, rows, settings, key, seconds)
     else:
         recipe = DMD2Recipe(unet, rows, settings, key)
-    metrics = run(recipe, steps=settings.steps, output=output, label=stage)
+    metrics = run(
+        recipe,
+        steps=settings.steps,
+        output=output,
+        label=stage,
+        checkpoint_every_s=execution.checkpoint_every_s,
+        flops_per_sample=flops_per_sample(settings, unet.config, model.size_px, latent_scale(vae.config)),
+        peak_flops=peak and peak * world().size,
+        on_checkpoint=on_checkpoint,
+    )
+    if not world().first:
+        wait_for_all()
+        return metrics
     recipe.ema.copy_to(unet)
     if settings.lora is not None:
         save_lora(unet, output / "adapter", inherited.get("weights"))
@@ -124,6 +153,7 @@ def train_stage(
     if "weights" in inherited:  # where the first of them came from, and under which licence
         facts["weights"] = inherited["weights"]
     save_checkpoint(unet, components, output / "checkpoint", facts=facts, distilled=distilled)
+    wait_for_all()
     return metrics
 
 

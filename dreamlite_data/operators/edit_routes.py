@@ -17,7 +17,7 @@ from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, 
 from dreamlite_data.operators.run import Measurement, make_current, withdraw_passing_failures
 from dreamlite_data.pictures import Pictures, pictures_folder
 from dreamlite_data.responses import Responses, responses_folder
-from dreamlite_data.settings import EditModelSettings, RefreshSettings
+from dreamlite_data.settings import PHOTOS, EditModelSettings, RefreshSettings
 from dreamlite_data.sources.digests import file_digests
 from dreamlite_data.weights import weights_digest
 
@@ -85,9 +85,11 @@ def route_measurement(lake: Lake, settings: RefreshSettings, name: str) -> Measu
 
 def photo_subjects(settings: RefreshSettings) -> str:
     """SQL for the pictures that routes start from, image_id."""
+    own = ", ".join(f"'{name}'" for name in settings.edit_sources if name != PHOTOS)  # names are of [a-z0-9_] only
+    places = [f"r.domain = '{PHOTOS}'"] * (PHOTOS in settings.edit_sources) + [f"r.source IN ({own})"] * bool(own)
     return (
         "SELECT DISTINCT r.image_id FROM current_ingest r JOIN images i ON i.image_id = r.image_id "
-        f"WHERE r.domain = 'photos' AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
+        f"WHERE ({' OR '.join(places) or 'false'}) AND r.task = 'generate' AND least(i.width, i.height) >= {int(settings.policy.min_side_px)}"
     )
 
 

@@ -28,6 +28,9 @@ from dreamlite_data.tombstones import free_of_forgotten
 TASKS_PER_QUERY = 32
 """Inputs of so many tasks are read together: a query per task would scan the subjects once per task."""
 
+ROWS_HELD = 8192
+"""About so many rows of a temporary file are held at once, to write it and to read it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -75,11 +78,24 @@ def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> I
             f"SELECT s.{subject} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
             "ORDER BY images.filename, images.file_row_number, 1"
         )
+    with _answer_file(lake, rows, version) as path, pq.ParquetFile(path) as subjects:
+        yield subjects
+
+
+@contextlib.contextmanager
+def pending_file(lake: Lake, subjects: str, table: str, version: str) -> Iterator[str | None]:
+    """Path of a temporary Parquet file of what `pending` answers, for rows that are too many to hold; None where nothing is pending."""
+    subject = _subject(lake, subjects)
+    with _answer_file(lake, f"{_open_rows(subjects, subject, table)} ORDER BY s.{subject}", version) as path:
+        yield path if pq.read_metadata(path).num_rows else None
+
+
+@contextlib.contextmanager
+def _answer_file(lake: Lake, sql: str, version: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(dir=lake.staging, suffix=".parquet") as file:
         place = file.name.replace("'", "''")
-        lake.query(f"COPY ({rows}) TO '{place}' (FORMAT parquet)", {"version": version})
-        with pq.ParquetFile(file.name) as subjects:
-            yield subjects
+        lake.query(f"COPY ({sql}) TO '{place}' (FORMAT parquet, ROW_GROUP_SIZE {ROWS_HELD})", {"version": version})
+        yield file.name
 
 
 def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dreamlite_data.operators.change import Pixels
+from dreamlite_data.operators.change import LEAST_CHANGE, Pixels, changed_pixels
 from dreamlite_data.operators.draw import generator, pick, shuffled
 from dreamlite_data.operators.exact import OPERATIONS
 from dreamlite_data.operators.verify_cases import Case, shuffled_blocks, through_jpeg
@@ -34,6 +34,8 @@ def style_truth(photos: Iterable[tuple[str, Pixels]], jpeg_quality: int = 92) ->
                 continue
             words = pick(forms, "truth style", style, image_id)
             target = OPERATIONS[style](photo, image_id)
+            if changed_pixels(photo, target).mean() < LEAST_CHANGE:
+                continue  # what shows no difference is no edit, as in the other truth sets
             other = pick([name for name in STYLE_WORDS if name != style], "other style", style, image_id)
             targets = {
                 "": target, "no_op": photo, "wrong_value": OPERATIONS[other](photo, image_id), "over_edit": shuffled_blocks(target, image_id),

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from PIL import Image
 
-from dreamlite_data import executors, refresh, schema
+from dreamlite_data import comparisons, executors, refresh, schema
 from dreamlite_data.lake import Lake
 from dreamlite_data.operators import run as operators_run
-from dreamlite_data.operators.base import write_table
+from dreamlite_data.operators.base import op_version, write_table
 from dreamlite_data.operators.duplicates import Duplicates
 from dreamlite_data.operators.hamming import pairs_between, pairs_within
 from dreamlite_data.operators.ingest import Ingest
@@ -196,23 +197,25 @@ def test_near_pairs_in_a_million_hashes(bench, hashes: tuple) -> None:
 
 
 def test_ten_thousand_new_images_beside_a_million_grouped_ones(bench, hashes: tuple, tmp_path: Path) -> None:
-    """From the lake's columns to the rows of the new ones: loading the history is part of it."""
-    lake = Lake(tmp_path)
+    """From the lake's columns to the rows of the new ones: reading the hashes of the history is the first part of it, to meet its
+    groups in the lake the second."""
+    lake, version = Lake(tmp_path), op_version(Duplicates)
     values = pa.table({"n": np.arange(MILLION), "phash": hashes[0]})
     lake.write(lambda connection: connection.register("known", values) and connection.execute(
-        "INSERT INTO op_duplicates BY NAME SELECT sha256('i' || n) AS subject_id, 'v' AS op_version, sha256('i' || n) AS group_id, "
-        "'first' AS kind, 0 AS distance, substr(sha256('p' || n), 1, 48) AS pixel_hash, phash FROM known"
+        f"INSERT INTO op_duplicates BY NAME SELECT sha256('i' || n) AS subject_id, '{version}' AS op_version, sha256('i' || n) AS group_id, "
+        "'first' AS kind, 0 AS distance, substr(sha256('p' || n), 1, 32) AS pixel_hash, phash FROM known"
     ) and None)  # fmt: skip
     rng = np.random.default_rng(2)
     rows = pa.table({
-        "subject_id": [f"new{number}" for number in range(10_000)], "pixel_hash": [f"{number:048x}" for number in range(10_000)],
+        "subject_id": [f"new{number:05d}" for number in range(10_000)], "pixel_hash": [f"{number:032x}" for number in range(10_000)],
         "phash": pa.array(np.concatenate([hashes[0][:500] ^ np.uint64(9), rng.integers(0, 2**64, 9_500, dtype=np.uint64)])),
         "min_side_px": pa.array(np.full(10_000, 256, np.int32)),
     })  # fmt: skip
+    pq.write_table(rows, tmp_path / "new.parquet")
     started = time.process_time()
-    known = lake.query("SELECT group_id, pixel_hash, phash FROM op_duplicates WHERE op_version = 'v' AND group_id IS NOT NULL")
+    history = comparisons.grouped_before(lake, version, str(tmp_path / "new.parquet"))
     loaded_s = time.process_time() - started
-    found = Duplicates(known)(rows)
+    found = Duplicates(history)(rows)
     grouped_s = time.process_time() - started - loaded_s
     assert sum(kind == "near" for kind in found["kind"].to_pylist()) >= 500
     bench("group_10k_beside_1m_cpu_s", grouped_s, 0.3)

@@ -8,7 +8,8 @@ import pytest
 
 from dreamlite_data.settings import ExtraSource
 from dreamlite_data.sources import extra
-from flows.refresh import folder_digest, source_digest
+from flows.config import load_config
+from flows.refresh import folder_digest, refresh_steps, source_digest
 
 
 def _source(path: Path, **settings: object) -> ExtraSource:
@@ -61,3 +62,12 @@ def test_a_hub_dataset_is_known_by_its_name_and_commit(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: (_ for _ in ()).throw(ConnectionError("no network")))
     assert extra.hub_commit(source) == "main"
     assert source_digest(source) != source_digest(_source(Path("owner/other"), kind="huggingface"))
+
+
+def test_edit_sources_are_in_the_key_of_the_step_that_edits_and_of_no_other(tmp_path: Path) -> None:
+    source = f"refresh.extra_sources=[{{name: mine, kind: folder, path: '{tmp_path}'}}]"
+    default, own = (
+        {step.name: step.spec for step in refresh_steps(load_config("smoke", [source, *more]))} for more in ([], ["refresh.edit_sources=[photos, mine]"])
+    )
+    assert [name for name in default if default[name] != own[name]] == ["caption"]
+    assert "edit_sources" not in default["caption"]  # so that a run of before is not done again

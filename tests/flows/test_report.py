@@ -82,8 +82,8 @@ def fill(lake: Lake, folder: Path, run: str) -> None:
     numbers = {
         "sizes": {"unet.onnx": 4_000_000, "unet_int8.onnx": 1_300_000},
         "parity": {"graphs": {"unet_fp32_generate": {"max_abs": 1e-6, "psnr_db": 143.0}}, "end_to_end": {"generate_int8": {"max_abs": 0.06, "psnr_db": 54.2}}},
-        "quantization": {"weights": "int8", "activations": "uint8", "int8_layers": 124, "int8_weight_share": 0.94, "cpu_flags": ["avx2"],
-                         "calibration": {"samples": 256, "rows": 64}},
+        "quantization": {"unet_int8": {"weights": "int8", "activations": "uint8", "int8_layers": 124, "int8_weight_share": 0.94,
+                                       "cpu_flags": ["avx2"], "calibration": {"samples": 256, "rows": 64}}},
     }  # fmt: skip
     policy = [("decodes", 90), ("text_in_language", 400), ("never_used", 0), ("caption_matches", 110)]
     decided = [(rule, n, position) for position, (rule, n) in enumerate(policy)] + [(None, 7400, None)]

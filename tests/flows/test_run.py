@@ -149,6 +149,12 @@ def test_a_failed_gate_stops_with_the_numbers_and_moving_it_redoes_nothing(lake)
         run.take_done(run.plan())
 
 
+def test_a_gate_may_bound_a_metric_from_above(lake):
+    with pytest.raises(GateFailed, match=r"sum/exact after double is 6\.0000, the gate allows at most 5"):
+        Pipeline().run(lake, gates=[Gate(after="double", metric="sum/exact", max=5.0)])
+    Pipeline().run(lake, gates=[Gate(after="double", metric="sum/exact", max=6.0)])
+
+
 def test_a_gate_on_a_metric_nobody_reports_is_an_error_not_a_pass(lake):
     with pytest.raises(GateFailed, match="which reports"):
         Pipeline().run(lake, gates=[Gate(after="double", metric="sum/exakt", min=0.0)])

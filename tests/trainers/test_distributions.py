@@ -144,11 +144,12 @@ def rewarded(net: PointNet, rows: PointRows, velocity_weight: float, steps: int 
     return found[:, 0].mean().item(), ((found - start) ** 2).mean().item(), coverage(found, FOUR_MODES, DEVIATION)[0]
 
 
+@pytest.mark.thorough
 def test_a_reward_rises_and_its_regulariser_bounds_the_drift():
     """The weaker the pull to the start model, the further the points go, and without one they leave the data."""
     rows = PointRows(FOUR_MODES, DEVIATION)
     net = fitted(rows, 800)
-    reward, drift, near = zip(*(rewarded(net, rows, weight) for weight in (30.0, 3.0, 0.0)), strict=True)
-    assert drift[0] < 0.05 < drift[1] < 0.5 < drift[2], "drift falls with the weight"
+    reward, drift, near = zip(*(rewarded(net, rows, weight) for weight in (100.0, 30.0, 0.0)), strict=True)
+    assert drift[0] < 0.01 < drift[1] < 0.2 and drift[2] > 0.5, "drift falls with the weight"
     assert reward[0] < reward[1] and reward[1] > 0.15, "the reward rises while the regulariser holds"
-    assert near[1] > 0.8 and near[2] < 0.3, "without the regulariser the data is lost"
+    assert near[1] > 0.9 * near[0] and near[2] < 0.5 * near[0], "without the regulariser the data is lost"

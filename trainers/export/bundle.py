@@ -11,26 +11,30 @@ from typing import Any
 
 import torch
 
-from trainers.export.manifest import artifact_id, draft_manifest, file_table, graph_sizes, save_manifest
-from trainers.export.measure import Embedder, check_float_graphs, measure, trajectory
+from trainers.export.loop_page import describe_loop
+from trainers.export.manifest import artifact_id, draft_manifest, file_table, graph_sizes, save_manifest, variant_bytes
+from trainers.export.manifest_schema import manifest_schema
+from trainers.export.measure import Embedder, check_float_graphs, make_samples, measure, trajectory
 from trainers.export.parity import TorchReference
 from trainers.export.parts import write_graphs
-from trainers.export.quantize import SESSION_OPTIONS, quantize_unet
-from trainers.export.rows import Split, read_rows, split_rows
+from trainers.export.rows import Split, read_rows, split_rows, write_calibration
 from trainers.export.runner import Runner
+from trainers.export.samples import save_samples
 from trainers.export.settings import ExportSettings
 from trainers.export.source import Source, directory_digest, read_source
+from trainers.export.variants import float_files, write_variants
 from trainers.export.verify import verify_bundle
 
 README = """# DreamLite bundle
 
-Text to image and instruction edits in {steps} UNet calls. `manifest.json` holds every constant; `runner.py` is the
-reference loop and needs only numpy, onnxruntime, tokenizers and Pillow:
+Text to image and instruction edits in {steps} UNet calls. `manifest.json` holds every constant, `LOOP.md` tells the loop
+to whoever ports it, `samples/` holds inputs and what must come out, and `runner.py` is the reference, which needs only
+numpy, onnxruntime, tokenizers and Pillow:
 
     from runner import Runner
     pictures = Runner(".", variant="{variant}").generate(["{prompt}"], seeds=[0])
 
-Weights: {licence}. Code: Apache-2.0.
+`dreamlite verify <this folder>` checks it. Weights: {licence}. Code: Apache-2.0.
 """
 
 
@@ -44,8 +48,8 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write `output`/bundle from a mobile checkpoint and return its numbers.
 
-    calibration: dicts with task ('generate' | 'edit'), text, image (edits: the source); from training data, never from
-    evaluation prompts. lineage: ids and digests of what the checkpoint came from, copied into the manifest as given.
+    calibration: dicts with task ('generate' | 'edit'), text, image (edits: the source), and the id that is recorded; from
+    training data, never from evaluation prompts. lineage: ids and digests of what the checkpoint came from, copied into the manifest as given.
     Raises ValueError when the checkpoint is incomplete or a float graph is not equal to torch.
     """
     started = time.perf_counter()
@@ -64,22 +68,26 @@ def export_bundle(
     write_graphs(source, reference, settings, draft)
     _copy_side_files(source, settings, rows, draft)
     manifest = draft_manifest(source, reference.encoder.tokenizer.pad_token_id, settings, lineage or {}, draft)
+    manifest["variants"] = {"fp32": float_files(settings)}
     save_manifest(draft, manifest)
     graphs_done = time.perf_counter()
 
     runner = Runner(draft, "fp32", settings.threads)
     hidden = Embedder(reference, runner, settings)
-    if settings.quantize:
-        feeds = trajectory(runner, hidden, rows.calibration)
-        record = quantize_unet(draft / "unet.onnx", draft / "unet_int8.onnx", feeds, settings)
-        record["calibration"] |= {"rows": len(rows.calibration), "disjoint_from_parity": rows.disjoint}
-        manifest["quantization"] = record
-        manifest["variants"]["int8"] = {"unet": "unet_int8.onnx", "session_options": SESSION_OPTIONS}
-        save_manifest(draft, manifest)
-    quantize_done = time.perf_counter()
+    feeds = trajectory(runner, hidden, rows.calibration) if {"int8", "int4"} & set(settings.variants) else []
+    manifest["variants"], manifest["quantization"] = write_variants(draft, feeds, settings)
+    if "int8" in settings.variants:
+        about = {"rows": len(rows.calibration), "disjoint_from_parity": rows.disjoint}
+        manifest["quantization"]["unet_int8"]["calibration"] |= about
+    write_calibration(draft, rows, manifest["sampler"]["sigmas"], bool(feeds))
+    save_manifest(draft, manifest)
+    variants_done = time.perf_counter()
 
-    manifest["parity"], seconds = measure(draft, reference, hidden, rows.parity, settings, list(manifest["variants"]))
+    save_samples(draft, make_samples(reference, hidden, rows.parity))
+    manifest["parity"], seconds = measure(draft, list(manifest["variants"]), settings.threads)
     check_float_graphs(manifest["parity"], settings)
+    (draft / "LOOP.md").write_text(describe_loop(manifest))
+    (draft / "manifest.schema.json").write_text(manifest_schema())
     manifest["files"] = file_table(draft)
     manifest["sizes"] = graph_sizes(manifest)
     manifest["artifact_id"] = artifact_id(manifest)
@@ -93,11 +101,12 @@ def export_bundle(
         "digest": directory_digest(final),
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "sizes": manifest["sizes"],
+        "variants": {name: variant_bytes(manifest, name) for name in manifest["variants"]},
         "parity": manifest["parity"],
         "quantization": manifest["quantization"],
         "seconds": {
             "graphs": round(graphs_done - started, 2),
-            "quantize": round(quantize_done - graphs_done, 2),
+            "variants": round(variants_done - graphs_done, 2),
             "total": round(time.perf_counter() - started, 2),
             **seconds,
         },
@@ -112,7 +121,7 @@ def _copy_side_files(source: Source, settings: ExportSettings, rows: Split, fold
     shutil.copyfile(tokenizer, folder / "tokenizer" / "tokenizer.json")
     shutil.copyfile(Path(__file__).with_name("runner.py"), folder / "runner.py")
     prompt = next((row.text for row in rows.parity if row.task == "generate"), "a red circle").replace('"', "'")
-    variant = "int8" if settings.quantize else "fp32"
+    variant = "int8" if "int8" in settings.variants else settings.variants[-1]
     text = README.format(steps=settings.steps, variant=variant, prompt=prompt, licence=settings.weights_licence)
     (folder / "README.md").write_text(text)
 

@@ -1,127 +1,20 @@
-"""Turns the parts of a checkpoint into ONNX graphs with flat inputs, a free batch axis and no traces of this machine.
-Never touches the training model: each wrapper works on a deep copy, and every rewrite is exact (parity is tested)."""
+"""Writes a prepared part as an ONNX graph with a free batch axis and no traces of this machine.
+Equal modules give equal bytes: nodes are named by their layer, and nothing of the exporter's notes stays."""
 
 from __future__ import annotations
 
 import ast
-import copy
 import logging
 import warnings
 from pathlib import Path
 
 import onnx
 import torch
-from diffusers import AutoencoderTiny, DreamLiteUNetModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 OPSET = 18
 MAX_BATCH = 63
 """diffusers' upsampler takes another path from batch 64 on, so the exported batch axis stays below it."""
-
-UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "encoder_attention_mask", "time_ids")
-
-
-class FoldedAttention:
-    """Attention processor with query heads folded into the query length.
-
-    With one key/value head, (B, N, H*D) seen as (B, N*H, D) needs only 3-D products, no repeat of keys and values
-    and no transposes: the same numbers as DreamLiteAttnProcessor2_0 in a graph that phone compilers accept.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """hidden_states (B, N, C), encoder_hidden_states (B, M, C') or None, attention_mask an additive (B, 1, M)."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        length = hidden_states.shape[1]
-        query = attn.to_q(hidden_states)
-        inner = query.shape[-1]
-        width = inner // attn.heads
-        query = query.view(-1, length, attn.heads, width)
-        key = attn.to_k(context).view(-1, context.shape[1], 1, width)
-        value = attn.to_v(context)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        query = query.reshape(-1, length * attn.heads, width)
-        scores = torch.bmm(query, key.squeeze(2).transpose(1, 2)) * width**-0.5
-        if attention_mask is not None:
-            scores = scores + attention_mask
-        mixed = torch.bmm(scores.softmax(dim=-1), value).view(-1, length, inner)
-        mixed = attn.to_out[0](mixed)
-        if attn.residual_connection:
-            mixed = mixed + hidden_states
-        return mixed / attn.rescale_output_factor
-
-
-class UNetGraph(nn.Module):
-    """Velocity of the in-context UNet from five flat tensors.
-
-    sample (B, 4, h, 2w) is [noisy target | condition] side by side; timestep (B,) = 1000 * sigma;
-    encoder_hidden_states (B, S, C); encoder_attention_mask (B, S) int64, 1 keeps; time_ids (B, 2) = (width, height)
-    of one panel in px. Returns (B, 4, h, 2w): only the left half is the velocity.
-    """
-
-    def __init__(self, unet: DreamLiteUNetModel) -> None:
-        super().__init__()
-        self.unet = copy.deepcopy(unet).eval().float()
-        for name, module in self.unet.named_modules():
-            if isinstance(module, Attention):
-                width = module.to_q.out_features // module.heads
-                if module.to_k.out_features != width:
-                    raise ValueError(
-                        f"unet {name} has {module.to_k.out_features // width} key/value heads; "
-                        "export folds multi-query attention and needs a UNet trained with num_kv_heads=1."
-                    )
-                module.set_processor(FoldedAttention())
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor,
-        time_ids: Tensor,
-    ) -> Tensor:
-        return self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            added_cond_kwargs={"time_ids": time_ids},
-            return_dict=False,
-        )[0]
-
-
-class VaeEncoderGraph(nn.Module):
-    """Image (B, 3, H, W) in [-1, 1] to the latent (B, 4, H/8, W/8) that the UNet sees."""
-
-    def __init__(self, vae: AutoencoderTiny) -> None:
-        super().__init__()
-        self.vae = copy.deepcopy(vae).eval().float()
-
-    def forward(self, image: Tensor) -> Tensor:
-        # The stock pipelines feed encoder output as it is (scaling 1, shift 0 for TAESDXL) and so do we.
-        return self.vae.encoder(image)
-
-
-class VaeDecoderGraph(nn.Module):
-    """Latent (B, 4, h, w) to an image (B, 3, 8h, 8w), about in [-1, 1]; the runner clamps."""
-
-    def __init__(self, vae: AutoencoderTiny) -> None:
-        super().__init__()
-        self.vae = copy.deepcopy(vae).eval().float()
-
-    def forward(self, latent: Tensor) -> Tensor:
-        shift = getattr(self.vae.config, "shift_factor", 0.0) or 0.0
-        return self.vae.decoder(latent / self.vae.config.scaling_factor + shift)
 
 
 def write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
@@ -152,7 +45,7 @@ def write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path:
         exporter_log.setLevel(level)
     model = result.model_proto
     _name_nodes_by_layer(model)
-    for item in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+    for item in (*model.graph.input, *model.graph.output):
         for size in item.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = "batch"
@@ -173,13 +66,33 @@ def _name_nodes_by_layer(model: onnx.ModelProto) -> None:
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
+def _shorten_tensor_names(model: onnx.ModelProto) -> None:
+    ports = {port.name for port in (*model.graph.input, *model.graph.output)}
+    short = {"": ""}
+    for name in (*(tensor.name for tensor in model.graph.initializer), *(name for node in model.graph.node for name in node.output)):
+        if name not in short:
+            short[name] = name if name in ports else f"t{len(short)}"
+    for tensor in model.graph.initializer:
+        tensor.name = short[tensor.name]
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = short.get(name, name)
+
+
 def save_clean(model: onnx.ModelProto, path: Path) -> None:
-    """Write `model` without doc strings and metadata, which hold absolute source paths and a third of a small file."""
+    """Write `model` without doc strings and metadata, which hold absolute source paths and a third of a small file.
+
+    Nor with shapes of intermediate values, which readers infer: the exporter's own sizes of 2 * batch are no names. Tensors get
+    short names, for long ones are a tenth of a small int8 graph; inputs, outputs and nodes keep theirs.
+    """
+    _shorten_tensor_names(model)
     model.ClearField("metadata_props")
     model.doc_string = ""
     model.graph.ClearField("metadata_props")
+    model.graph.ClearField("value_info")
     model.graph.doc_string = ""
-    for item in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+    for item in (*model.graph.node, *model.graph.input, *model.graph.output):
         item.doc_string = ""
         item.ClearField("metadata_props")
     for tensor in model.graph.initializer:

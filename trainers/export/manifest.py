@@ -6,13 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx
-
+from trainers.export.ports import read_ports
+from trainers.export.prepare import part_names
 from trainers.export.quantize import cpu_flags
 from trainers.export.runner import MAX_BATCH, SCHEMA_VERSION
 from trainers.export.settings import ExportSettings
@@ -24,15 +23,13 @@ def draft_manifest(
 ) -> dict[str, Any]:
     """Everything known once the float graphs lie in `folder`; enough for the runner to run them."""
     side, vision = source.latent_px, source.vision
-    graphs = {name: f"{name}.onnx" for name in ("unet", "vae_encoder", "vae_decoder", "text_encoder", "edit_encoder")}
     return {
         "schema_version": SCHEMA_VERSION,
         "artifact_id": "",
         "checkpoint_digest": source.digest,
         "lineage": lineage,
         "settings": settings.model_dump(mode="json"),
-        "graphs": {name: _graph_entry(folder / file) for name, file in graphs.items() if (folder / file).is_file()},
-        "variants": {"fp32": {"unet": "unet.onnx", "session_options": {}}},
+        "graphs": {name: read_ports(folder / f"{name}.onnx") for name in sorted(part_names(settings))},
         "shapes": {
             "image": {"width": source.size_px, "height": source.size_px},
             "latent": {"channels": source.latent_channels, "height": side, "width": side},
@@ -57,6 +54,8 @@ def draft_manifest(
             "pad_token_id": pad_token_id,
             "digest": directory_digest(source.directory / "text_encoder"),
             "exported": settings.text_encoder,
+            "mask": "1 keeps a token, 0 adds -10000 to its scores",
+            "padding": "right, with pad_token_id; states times mask",
         },
         "vision": {
             "resize_px": vision.resize_px,
@@ -65,7 +64,13 @@ def draft_manifest(
             "mean": list(vision.mean),
             "std": list(vision.std),
         },
+        "vae": {
+            "image_range": [-1.0, 1.0],
+            "scaling_factor": source.vae_scaling,
+            "shift_factor": source.vae_shift,
+        },
         "quantization": None,
+        "verified_runtime": {"onnxruntime": f"{platform.system()} {platform.machine()}, CPU"},
         "licences": {
             "code": "Apache-2.0",
             "weights": settings.weights_licence,
@@ -75,23 +80,6 @@ def draft_manifest(
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy")},
         "machine": {"architecture": platform.machine(), "cpu_flags": cpu_flags()},
     }
-
-
-def _graph_entry(path: Path) -> dict[str, Any]:
-    """Name, inputs and output of one graph file; the free batch axis is written 'batch'."""
-    model = onnx.load(path, load_external_data=False)
-
-    def ports(values: Sequence[Any]) -> dict[str, Any]:
-        kinds = onnx.TensorProto.DataType
-        return {
-            value.name: {
-                "dtype": kinds.Name(value.type.tensor_type.elem_type).lower(),
-                "shape": [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim],
-            }
-            for value in values
-        }
-
-    return {"file": path.name, "inputs": ports(model.graph.input), "outputs": ports(model.graph.output)}
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
@@ -107,6 +95,12 @@ def file_table(folder: Path) -> dict[str, dict[str, Any]]:
 def graph_sizes(manifest: dict[str, Any]) -> dict[str, int]:
     """Bytes of each ONNX file."""
     return {name: entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".onnx")}
+
+
+def variant_bytes(manifest: dict[str, Any], variant: str) -> int:
+    """Bytes a phone needs for one variant: its graphs, the tokenizer and the runner."""
+    files = {*manifest["variants"][variant]["files"].values(), "tokenizer/tokenizer.json", "runner.py"}
+    return sum(manifest["files"][name]["bytes"] for name in files)
 
 
 def artifact_id(manifest: dict[str, Any]) -> str:

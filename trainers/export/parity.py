@@ -1,9 +1,9 @@
-"""Measures how far a bundle's graphs are from torch: each graph alone, then the whole loop from noise to image.
-The torch side is built from the stock classes and the training code's own conditioning, so agreement means something."""
+"""The torch side of every comparison: the checkpoint in float32, as trained, from noise to image.
+Built from the stock classes and the training code's own conditioning, so agreement means something."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,15 +14,6 @@ from PIL import Image
 from trainers.conditioning import Embeddings, PromptEncoder
 from trainers.export.rows import Row
 from trainers.export.source import Source
-
-
-def difference(reference: np.ndarray, value: np.ndarray) -> dict[str, float]:
-    """max_abs and PSNR in dB over the reference's range: 20 log10((max - min) / rmse), 200 where equal."""
-    reference, value = reference.astype(np.float64), value.astype(np.float64)
-    rmse = float(np.sqrt(np.mean((reference - value) ** 2)))
-    span = float(reference.max() - reference.min())
-    psnr = 200.0 if rmse == 0 else 20 * np.log10(max(span, 1e-12) / rmse)
-    return {"max_abs": float(np.abs(reference - value).max()), "psnr_db": round(float(min(psnr, 200.0)), 2)}
 
 
 class TorchReference:
@@ -38,28 +29,29 @@ class TorchReference:
         self.sigmas = torch.tensor(source.sigmas(steps), dtype=torch.float32)
 
     @torch.no_grad()
-    def denoise(self, noise: np.ndarray, condition: np.ndarray, embeddings: Embeddings) -> np.ndarray:
-        """Latents (N, C, h, w) after all Euler steps from given noise and condition latents."""
+    def denoise(
+        self, noise: np.ndarray, condition: np.ndarray, embeddings: Embeddings, on_call: Callable[[dict[str, np.ndarray]], None] | None = None
+    ) -> np.ndarray:
+        """Latents (N, C, h, w) after all Euler steps from given noise and condition latents.
+
+        on_call sees each UNet call: sample (N, C, h, 2w), timestep (N,) and the velocity (N, C, h, 2w) of both panels.
+        """
         latents, right = torch.from_numpy(noise), torch.from_numpy(condition)
         time_ids = torch.full((len(latents), 2), float(self.source.size_px))
         for sigma, after in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
+            sample, timestep = torch.cat([latents, right], dim=3), (sigma * 1000).expand(len(latents))
             velocity = self.unet(
-                torch.cat([latents, right], dim=3),
-                (sigma * 1000).expand(len(latents)),
+                sample,
+                timestep,
                 embeddings.states,
                 encoder_attention_mask=embeddings.mask,
                 added_cond_kwargs={"time_ids": time_ids},
                 return_dict=False,
-            )[0][..., : latents.shape[3]]
-            latents = latents + (after - sigma) * velocity
+            )[0]
+            if on_call is not None:
+                on_call({"sample": sample.numpy(), "timestep": timestep.numpy(), "velocity": velocity.numpy()})
+            latents = latents + (after - sigma) * velocity[..., : latents.shape[3]]
         return latents.numpy()
-
-    @torch.no_grad()
-    def velocity(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """One UNet call with the exported graph's five inputs: (N, 4, h, 2w)."""
-        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        time_ids = tensors.pop("time_ids")
-        return self.unet(**tensors, added_cond_kwargs={"time_ids": time_ids}, return_dict=False)[0].numpy()
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -80,9 +72,3 @@ class TorchReference:
         if rows[0].task == "generate":
             return self.encoder.generate(texts)
         return self.encoder.edit([Image.fromarray(row.image) for row in rows], texts)
-
-
-def kept(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The unmasked rows of (N, S, C) as (tokens, C): padded lengths may differ between two encoders."""
-    return states[mask.astype(bool)]
-

@@ -13,15 +13,15 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from trainers.export.graphs import save_clean
+from trainers.export.sensitivity import Feed, first_calls, mix, run_as_written, scan, with_float
 from trainers.export.settings import ExportSettings
+from trainers.export.weights import store_half, store_int8
 
 SESSION_OPTIONS = {"session.x64quantprecision": "1"}
 """U8 activations times S8 weights saturate in AVX2's 16-bit adds (microsoft/onnxruntime#6004): latents of the small
 world's UNet came out at 37 dB instead of 54 dB. This option takes the exact kernels; elsewhere it changes nothing."""
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
-
-Feed = dict[str, np.ndarray]
 
 
 class _Feeds(CalibrationDataReader):
@@ -38,10 +38,11 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
 
     feeds: inputs of every UNet call of the calibration rows, all deployed sigmas in equal number.
     Convolutions and matrix products with a constant weight become int8; attention products, norms and the layers of
-    settings.float_layers stay float.
+    settings.float_layers compute in float, those on int8 weights where they are large, and so do blocks that the sensitivity
+    scan finds too harmful, on weights in half precision, as far as the size allows.
     """
     if not feeds:
-        raise ValueError("int8 export needs calibration rows; pass calibration=[...] or set export.quantize: false.")
+        raise ValueError("int8 export needs calibration rows; pass calibration=[...] or leave int8 out of export.variants.")
     model = onnx.load(source)
     chosen, kept = _choose_nodes(model, settings.float_layers)
     if not chosen:
@@ -65,7 +66,10 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
         )
     finally:
         root.setLevel(level)
-    quantized = onnx.load(target)
+    quantized, scanned, back, reached = _mixed(onnx.load(target), model, chosen, feeds, settings, source.stat().st_size)
+    store_int8(quantized, kept)
+    share = _int8_share(quantized)
+    store_half(quantized)
     save_clean(quantized, target)
     return {
         "format": "QDQ",
@@ -74,15 +78,35 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
         "per_channel": settings.per_channel,
         "calibration": {
             "method": settings.calibration_method,
+            "file": "calibration.json",
             "unet_calls": len(feeds),
             "samples": int(sum(len(feed["sample"]) for feed in feeds)),
             "timesteps": sorted({round(float(feed["timestep"][0]), 4) for feed in feeds}, reverse=True),
         },
         "int8_layers": len(chosen),
         "float_layers": kept,
-        "int8_weight_share": _int8_share(quantized),
+        "float_blocks": back,
+        "scan": scanned,
+        "scan_psnr_db": reached,
+        "int8_weight_share": share,
         "cpu_flags": cpu_flags(),
     }
+
+
+def _mixed(
+    quantized: onnx.ModelProto, original: onnx.ModelProto, chosen: list[str], feeds: list[Feed], settings: ExportSettings, fp32_bytes: int
+) -> tuple[onnx.ModelProto, list[dict[str, Any]], list[str], float | None]:
+    """The graph with residual streams in full precision and harmful blocks in float; the scan, the blocks, the PSNR reached in dB."""
+    quantized = with_float(quantized, original, set())
+    if settings.scan_rows == 0:
+        return quantized, [], [], None
+    probe = [first_calls(feeds, settings.scan_rows)]
+    ranked = scan(quantized, original, chosen, probe, run_as_written)
+    spare = int(settings.int8_size_share * fp32_bytes) - quantized.ByteSize()
+    mixed, back, reached = mix(
+        quantized, original, ranked, chosen, probe, run_as_written, psnr_target_db=settings.int8_psnr_db, spare_bytes=spare
+    )
+    return mixed, ranked, back, reached
 
 
 def cpu_flags() -> list[str]:

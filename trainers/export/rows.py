@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,16 @@ TASKS = ("generate", "edit")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt (task 'generate', image None) or one edit (task 'edit', image = the source, uint8 (H, W, 3))."""
+    """One prompt (task 'generate', image None) or one edit (task 'edit', image = the source, uint8 (H, W, 3)).
+
+    identifier: the row's name where it came from, '' where it has none.
+    """
 
     task: str
     text: str
     image: np.ndarray | None
     seed: int
+    identifier: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Split:
 
 
 def read_rows(items: Sequence[dict[str, Any]], seed: int) -> list[Row]:
-    """Rows from dicts with `task`, `text` and, for edits, `image` (PIL, uint8 array or encoded bytes) = the source.
+    """Rows from dicts with `task`, `text`, for edits `image` (PIL, uint8 array or encoded bytes) = the source, and maybe `id`.
 
     ValueError names the first row that is wrong.
     """
@@ -45,7 +51,7 @@ def read_rows(items: Sequence[dict[str, Any]], seed: int) -> list[Row]:
             raise ValueError(f"calibration row {index} needs task 'generate' or 'edit' and a text, got {sorted(item)}.")
         if task == "edit" and image is None:
             raise ValueError(f"calibration row {index} is an edit without its source image; add 'image'.")
-        rows.append(Row(task, text, _pixels(image) if task == "edit" else None, seed * 1_000_003 + index))
+        rows.append(Row(task, text, _pixels(image) if task == "edit" else None, seed * 1_000_003 + index, str(item.get("id", ""))))
     return rows
 
 
@@ -61,6 +67,22 @@ def split_rows(rows: Sequence[Row], calibration_rows: int, parity_rows: int) -> 
         calibration += (free or mine)[: max(1, calibration_rows // len(present))]
         parity += measured
     return Split(calibration, parity, disjoint)
+
+
+def write_calibration(folder: Path, rows: Split, sigmas: Sequence[float], used: bool) -> None:
+    """folder/calibration.json: which rows set the ranges of activations (none where not `used`), and which measured parity."""
+
+    def names(chosen: Sequence[Row]) -> list[dict[str, Any]]:
+        return [{"id": row.identifier, "task": row.task, "seed": row.seed} for row in chosen]
+
+    record = {
+        "inputs": "every UNet call of the fp32 student on these rows, each at all its sigmas; generate: zero right half; edit: real latents",
+        "sigmas": list(sigmas[:-1]),
+        "rows": names(rows.calibration) if used else [],
+        "parity_rows": names(rows.parity),
+        "disjoint": rows.disjoint,
+    }
+    (folder / "calibration.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _pixels(image: Any) -> np.ndarray:

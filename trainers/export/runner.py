@@ -13,7 +13,7 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BATCH = 32
 """Rows per graph call; the exported batch axis is free up to 63."""
 
@@ -23,7 +23,7 @@ StepCallback = Callable[[int, dict[str, np.ndarray]], None]
 class Runner:
     """Text to image and instruction edits from a bundle directory.
 
-    variant: 'fp32' or 'int8' (the UNet; all other graphs are float).
+    variant: one of the manifest's variants, which say what file each graph is read from: fp32, fp16, int8, int4.
     threads: ONNX Runtime threads per call.
     """
 
@@ -43,6 +43,7 @@ class Runner:
                 f"variant '{variant}' is not in {self.bundle}; it has {', '.join(sorted(self.manifest['variants']))}."
             )
         self.variant = variant
+        self.files: dict[str, str] = self.manifest["variants"][variant]["files"]
         self.threads = threads
         self.sigmas = np.asarray(self.manifest["sampler"]["sigmas"], dtype=np.float32)
         latent = self.manifest["shapes"]["latent"]
@@ -144,7 +145,7 @@ class Runner:
         self, images: Sequence[Image.Image | np.ndarray], instructions: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states float32 (N, S, C) and mask int64 (N, S) of source images with their instructions."""
-        if "edit_encoder" not in self.manifest["graphs"]:
+        if "edit_encoder" not in self.files:
             raise ValueError(
                 f"{self.bundle} carries no edit encoder ({self.manifest['encoder']['name']} stays external); "
                 "pass hidden_states=(states, mask) computed with that encoder."
@@ -174,15 +175,14 @@ class Runner:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images uint8 (N, H, W, 3) of latents (N, C, h, w)."""
-        image = self._chunked("vae_decoder", {"latent": latents.astype(np.float32)})
-        return (np.clip(image / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+        return to_pixels(self._chunked("vae_decoder", {"latent": latents.astype(np.float32)}))
 
     # --- plumbing ------------------------------------------------------------------------------------------------
 
     def _encode(
         self, graph: str, rows: list[list[int]], drop: int, room: int, extra: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        if graph not in self.manifest["graphs"]:
+        if graph not in self.files:
             raise ValueError(f"{self.bundle} carries no {graph}; {self.manifest['encoder']['name']} stays external.")
         ids = np.full((len(rows), room), self.manifest["encoder"]["pad_token_id"], np.int64)
         mask = np.zeros((len(rows), room), np.int64)
@@ -206,12 +206,9 @@ class Runner:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
             options.log_severity_level = 3
-            variant = self.manifest["variants"][self.variant]
-            if graph == "unet":
-                for key, value in variant["session_options"].items():
-                    options.add_session_config_entry(key, value)
-            name = variant["unet"] if graph == "unet" else self.manifest["graphs"][graph]["file"]
-            path = self.bundle / name
+            for key, value in self.manifest["variants"][self.variant]["session_options"].items():
+                options.add_session_config_entry(key, value)
+            path = self.bundle / self.files[graph]
             if not path.is_file():
                 raise ValueError(f"{path} is missing; copy the whole bundle directory.")
             self._sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -235,6 +232,11 @@ class Runner:
         if len({len(items) for items in lists.values()}) > 1:
             counts = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
             raise ValueError(f"one of each is needed per row, got {counts}.")
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Decoder output (N, 3, H, W), about in [-1, 1], as uint8 (N, H, W, 3)."""
+    return (np.clip(images / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def _as_picture(image: Image.Image | np.ndarray) -> Image.Image:

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from dreamlite_data.strict_settings import StrictSettings
 
+Variant = Literal["fp32", "fp16", "int8", "int4"]
+
 RELEASE_LICENCE = "CC-BY-NC-4.0"
 """Licence of the released DreamLite weights; everything derived from them inherits it."""
 
@@ -23,7 +25,12 @@ class ExportSettings(StrictSettings):
     text_encoder: bool = Field(
         True, description="Export the encoder as ONNX too. Off: it stays a named external part (a 2 B encoder)."
     )
-    quantize: bool = Field(True, description="Also write the int8 UNet.")
+    variants: tuple[Variant, ...] = Field(
+        ("fp32", "fp16", "int8", "int4"),
+        description="Forms of the graphs in the bundle; fp32 is what the others are measured against. int8: the UNet in 8-bit "
+        "arithmetic, 8-bit weights elsewhere. int4: UNet and encoders on weights in blocks of 4 bits, the VAE as in int8.",
+    )
+    block_values: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale, where weights are in blocks.")
     weight_type: Literal["int8", "uint8"] = Field(
         "int8",
         description="int8: symmetric, what phone compilers take; x86 needs session.x64quantprecision, which the runner sets. "
@@ -35,7 +42,14 @@ class ExportSettings(StrictSettings):
     calibration_percentile: float = Field(99.99, gt=50, le=100)
     float_layers: tuple[str, ...] = Field(
         ("conv_in", "conv_out", "time_embedding", "add_embedding"),
-        description="UNet layers whose path contains one of these stay float in the int8 graph.",
+        description="UNet layers whose path contains one of these compute in float in int8, and keep float weights in int4.",
+    )
+    scan_rows: int = Field(2, ge=0, description="Rows per task on which each block's harm by int8 is measured; 0: no scan, all int8.")
+    int8_psnr_db: float = Field(
+        40.0, description="Blocks of the int8 UNet go back to half precision, the most harmful for their bytes first, below this PSNR."
+    )
+    int8_size_share: float = Field(
+        0.4, gt=0, le=1, description="The int8 UNet never takes more of the fp32 UNet's bytes by blocks that go back."
     )
     parity_rows: int = Field(4, ge=1, description="Rows per task of the parity report; also the bundle's samples.")
     max_abs_error: float = Field(1e-3, gt=0, description="A float graph further than this from torch stops the export.")
@@ -62,6 +76,14 @@ class ExportSettings(StrictSettings):
             )
         derived = self.derived_from_release or bool(weights.get("derived_from_release"))
         return ExportSettings(**self.model_dump() | {"weights_licence": licence, "derived_from_release": derived})
+
+    @model_validator(mode="after")
+    def _measured_against_float(self) -> ExportSettings:
+        if "fp32" not in self.variants or len(set(self.variants)) < len(self.variants):
+            raise ValueError(
+                f"export.variants is {list(self.variants)}; name each once and keep fp32, which the others are measured against."
+            )
+        return self
 
     @model_validator(mode="after")
     def _inherit_licence(self) -> ExportSettings:

@@ -60,6 +60,8 @@ class Source:
     digest: str
     weights: dict[str, Any]
     """Origin and licence of the weights that the checkpoint was trained from; empty where it was trained from scratch."""
+    vae_scaling: float = 1.0
+    vae_shift: float = 0.0
 
     @property
     def latent_px(self) -> int:
@@ -138,6 +140,8 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         scheduler=scheduler,
         digest=directory_digest(checkpoint),
         weights=facts.get("weights", {}),
+        vae_scaling=float(vae.get("scaling_factor", 1.0)),
+        vae_shift=float(vae.get("shift_factor") or 0.0),
     )
 
 

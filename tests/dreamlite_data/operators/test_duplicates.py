@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from dreamlite_data.operators.duplicates import Duplicates
+from dreamlite_data.operators.duplicates import Duplicates, History
 from dreamlite_data.operators.hamming import pairs_between, pairs_within
 
 Entry = tuple[str, str, int, int]
@@ -22,11 +23,23 @@ def _rows(entries: list[Entry]) -> pa.Table:
 NOBODY = pa.table({"group_id": pa.array([], pa.string()), "pixel_hash": pa.array([], pa.string()), "phash": pa.array([], pa.uint64())})
 
 
+def _history(known: pa.Table, rows: pa.Table) -> History:
+    """The groups of `known` as the lake gives them (comparisons.grouped_before), from a table."""
+
+    def lowest(key: str, values: pa.Array) -> pa.Table:
+        found = known.filter(pc.is_in(known[key], value_set=values)).group_by(key).aggregate([("group_id", "min")])
+        return found.rename_columns({"group_id_min": "group_id"})
+
+    return History(
+        known["phash"].drop_null().to_numpy(), lowest("pixel_hash", rows["pixel_hash"].combine_chunks()), lambda hashes: lowest("phash", pa.array(hashes))
+    )
+
+
 def _after(batches: list[list[Entry]]) -> dict[str, tuple[str, str, int]]:
     """Group, kind and distance of each subject when the batches come one after the other."""
     known, answer = NOBODY, {}
     for batch in batches:
-        found = Duplicates(known)(_rows(batch))
+        found = Duplicates(_history(known, _rows(batch)))(_rows(batch))
         answer |= {row["subject_id"]: (row["group_id"], row["kind"], row["distance"]) for row in found.to_pylist()}
         known = pa.concat_tables([known, found.select(known.column_names)])
     return answer
@@ -57,7 +70,7 @@ def test_a_row_between_two_groups_goes_to_the_nearer_and_both_stay() -> None:
 
 def test_an_image_that_could_not_be_measured_is_a_row_with_an_error() -> None:
     rows = pa.concat_tables([_rows([("b", "p", 1, 256)]), pa.table({"subject_id": ["a"]})], promote_options="default")
-    answer = Duplicates(NOBODY)(rows).to_pylist()
+    answer = Duplicates(_history(NOBODY, rows))(rows).to_pylist()
     assert [(row["subject_id"], row["group_id"], row["error"] is None) for row in answer] == [("a", None, False), ("b", "b", True)]
 
 
@@ -118,6 +131,19 @@ def test_every_pair_within_the_radius_is_found_and_no_other(radius: int) -> None
     assert list(zip(*(part.tolist() for part in pairs_between(one, other, radius)), strict=True)) == expected
     swapped = pairs_between(other, one, radius)
     assert sorted(zip(swapped[1].tolist(), swapped[0].tolist(), swapped[2].tolist(), strict=True)) == expected
+
+
+def test_rows_do_not_depend_on_the_portions_in_which_they_are_read() -> None:
+    rng = np.random.default_rng(3)
+    known = Duplicates(_history(NOBODY, _rows([])))(_rows(_planted(rng, 30, 2)))
+    failed = pa.table({"subject_id": [f"{number}f" for number in range(9)]})
+    rows = pa.concat_tables([_rows(_planted(rng, 60, 5)), failed], promote_options="default").sort_by("subject_id")
+    history = _history(known, rows)
+    whole = Duplicates(history)(rows)
+    assert set(whole["kind"].to_pylist()) == {"first", "pixels", "near", None}
+    for size in (1, 7, 100):
+        read = lambda columns, size=size: [rows.select(columns).slice(start, size) for start in range(0, len(rows), size)]  # noqa: E731
+        assert pa.concat_tables(Duplicates(history).portions(read)).equals(whole)
 
 
 def test_a_crowd_of_one_hash_costs_one_link_each() -> None:

@@ -1,9 +1,12 @@
-"""One random-weight checkpoint of the small world's layout and one bundle of it per test session.
+"""One random-weight checkpoint of the small world's layout and one bundle of it per test session, whatever the number of workers.
 Tracing the five graphs is the slow part, and every test only reads the result."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from trainers.components.tokenizer import build_processor, build_tokenizer
 from trainers.export.bundle import export_bundle
 from trainers.export.settings import ExportSettings
 
-SETTINGS = ExportSettings(sequence_tokens=64, calibration_rows=8, parity_rows=2, evaluate_rows=8)
+SETTINGS = ExportSettings(sequence_tokens=64, calibration_rows=4, parity_rows=2, evaluate_rows=8, scan_rows=1)
 
 
 def tiny_unet() -> DreamLiteUNetModel:
@@ -134,25 +137,46 @@ def calibration_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     for _ in range(count):
         scene = scenes.sample_scene(rng)
         edit = scenes.sample_edit(scene, rng)
-        rows.append({"task": "generate", "text": scenes.caption(scene, rng)})
-        rows.append({"task": "edit", "text": scenes.instruction(edit, scene, rng), "image": scenes.render(scene)})
+        rows.append({"id": f"t2i@1/{len(rows)}", "task": "generate", "text": scenes.caption(scene, rng)})
+        rows.append({"id": f"edit@1/{len(rows)}", "task": "edit", "text": scenes.instruction(edit, scene, rng), "image": scenes.render(scene)})
     return rows
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random-weight mobile checkpoint directory."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the session's xdist workers share; the first one that needs something makes it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "export_session"
+    folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    return build_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return folder
+
+
+def made_once(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned, as JSON, in whichever process was first."""
+    with open(f"{folder}.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        answer = Path(f"{folder}.json")
+        if not answer.is_file():
+            answer.write_text(json.dumps(make()))
+        return json.loads(answer.read_text())
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def checkpoint(shared: Path) -> Path:
+    """A random-weight mobile checkpoint directory."""
+    return Path(made_once(shared / "checkpoint", lambda: {"path": str(build_checkpoint(shared / "checkpoint"))})["path"])
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Path, checkpoint: Path) -> dict[str, Any]:
     """What export_bundle returned; its bundle directory is under 'bundle'."""
-    output = tmp_path_factory.mktemp("export")
-    return export_bundle(
-        checkpoint, SETTINGS, output, calibration=calibration_rows(8), lineage={"checkpoint_id": "dmd2-test"}
-    )
+    return made_once(shared / "export", lambda: export_again(checkpoint, shared / "export"))
+
+
+def export_again(checkpoint: Path, output: Path) -> dict[str, Any]:
+    """The session's export, into `output`."""
+    return export_bundle(checkpoint, SETTINGS, output, calibration=calibration_rows(8), lineage={"checkpoint_id": "dmd2-test"})
 
 
 @pytest.fixture(scope="session")

@@ -2,44 +2,85 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from dreamlite_data import scenes
-from tests.trainers.export.conftest import calibration_rows
+from flows.cli import app
+from tests.trainers.export.conftest import calibration_rows, export_again
 from trainers.conditioning import SquareImageProcessor
 from trainers.export.bundle import export_bundle
-from trainers.export.parity import TorchReference
-from trainers.export.parts import GRAPHS, write_graphs
+from trainers.export.loop_page import describe_loop
+from trainers.export.rerun import inspect_bundle
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
-from trainers.export.source import read_source
 from trainers.export.verify import verify_bundle
+
+PARTS = {"text_encoder", "edit_encoder", "vae_encoder", "vae_decoder", "unet_generate", "unet_edit"}
 
 
 def test_float_graphs_equal_torch(exported: dict[str, Any]) -> None:
     parity = exported["parity"]
-    floats = {name: value for name, value in parity["graphs"].items() if "int8" not in name}
-    assert {"text_encoder", "edit_encoder", "vae_encoder", "vae_decoder", "unet_fp32_generate", "unet_fp32_edit"} == set(floats)
+    floats = {name.removesuffix("_fp32"): value for name, value in parity["graphs"].items() if name.endswith("_fp32")}
+    assert set(floats) == PARTS
     assert all(value["max_abs"] < 1e-4 for value in floats.values()), floats
     assert all(parity["end_to_end"][f"{task}_fp32"]["max_abs"] < 1e-4 for task in ("generate", "edit"))
 
 
-def test_int8_is_smaller_and_close(exported: dict[str, Any]) -> None:
-    assert exported["sizes"]["unet_int8.onnx"] < exported["sizes"]["unet.onnx"]
+LATENT_DB = {"fp16": 60, "int8": 35, "int4": 30}  # export.md 3.5; int4 with an int4 encoder of random weights
+
+
+@pytest.mark.parametrize("variant", LATENT_DB)
+def test_a_variant_is_smaller_and_close(exported: dict[str, Any], variant: str) -> None:
+    parity, sizes = exported["parity"], exported["variants"]
+    assert {name.removesuffix(f"_{variant}") for name in parity["graphs"] if name.endswith(f"_{variant}")} == PARTS
+    assert sizes[variant] < sizes["fp32"] * 0.75
     for task in ("generate", "edit"):
-        assert exported["parity"]["end_to_end"][f"{task}_int8"]["psnr_db"] > 35  # Apple's abort line for diffusion models
-    record = exported["quantization"]
-    assert np.allclose(record["calibration"]["timesteps"], [1000 * sigma for sigma in _sigmas(exported)[:-1]], atol=1e-2)
-    assert record["calibration"]["disjoint_from_parity"]
+        assert parity["end_to_end"][f"{task}_{variant}"]["psnr_db"] > LATENT_DB[variant]
+        assert parity["end_to_end"][f"{task}_{variant}"]["psnr_db"] < parity["end_to_end"][f"{task}_fp32"]["psnr_db"]
+
+
+def test_calibration_is_recorded(exported: dict[str, Any], bundle: Path) -> None:
+    """Every row's id, both tasks, all deployed sigmas, none of the rows that parity is measured on."""
+    record = exported["quantization"]["unet_int8"]["calibration"]
+    assert np.allclose(record["timesteps"], [1000 * sigma for sigma in _sigmas(exported)[:-1]], atol=1e-2)
+    assert record["disjoint_from_parity"] and record["rows"] == 4
+    written = json.loads((bundle / "calibration.json").read_text())
+    used, measured = ({row["id"] for row in written[key]} for key in ("rows", "parity_rows"))
+    assert len(used) == 4 and not used & measured
+    assert {row["task"] for row in written["rows"]} == {"generate", "edit"}
+    assert written["sigmas"] == _sigmas(exported)[:-1]
+
+
+def test_manifest_keeps_its_own_schema(bundle: Path) -> None:
+    """As a reader in another language would check it; a field too many, too few or of another type is refused."""
+    schema = json.loads((bundle / "manifest.schema.json").read_text())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    jsonschema.validate(manifest, schema)
+    for change in ({"sampler": {}}, {"sigma": []}, {"artifact_id": "short"}, {"variants": {"int8": {"files": ["unet.onnx"]}}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(manifest | change, schema)
+
+
+def test_the_page_about_the_loop_holds_the_numbers(bundle: Path) -> None:
+    manifest, page = json.loads((bundle / "manifest.json").read_text()), (bundle / "LOOP.md").read_text()
+    for sigma in manifest["sampler"]["sigmas"]:
+        assert f"{sigma:.8g}" in page
+    assert manifest["prompts"]["edit_prompt"] in page and "first 64 positions" in page
+    assert all(f"`{port}`" in page for graph in manifest["graphs"].values() for port in graph["inputs"])
+    manifest["sampler"]["sigmas"][1] = 0.123
+    assert "0.123" in describe_loop(manifest) and "0.123" not in page
 
 
 def _sigmas(exported: dict[str, Any]) -> list[float]:
@@ -76,15 +117,15 @@ def test_runner_equals_stock_pipeline(checkpoint: Path, bundle: Path, task: str)
 
 
 @pytest.mark.thorough
-def test_graphs_traced_in_one_process_or_two_are_the_same_bytes(
-    checkpoint: Path, bundle: Path, tmp_path: Path, small_export: tuple
+def test_two_exports_in_one_process_or_two_are_the_same_bytes(
+    checkpoint: Path, exported: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = small_export[0]
-    source = read_source(checkpoint, settings.steps)
-    write_graphs(source, TorchReference(source, settings.steps), settings, tmp_path, processes=1)
-    for name in GRAPHS:
-        assert (tmp_path / f"{name}.onnx").read_bytes() == (bundle / f"{name}.onnx").read_bytes(), name
-    assert (tmp_path / "unet.onnx").read_bytes() != (bundle / "unet_int8.onnx").read_bytes()
+    """Every file of the second export, whose graphs are traced here one after the other, and its id."""
+    monkeypatch.setattr("trainers.export.parts.processors", lambda: 1)
+    again = export_again(checkpoint, tmp_path)
+    files = [json.loads((Path(answer["bundle"]) / "manifest.json").read_text())["files"] for answer in (exported, again)]
+    assert files[0] == files[1]
+    assert again["artifact_id"] == exported["artifact_id"] and again["digest"] == exported["digest"]
 
 
 def test_graph_files_hold_no_paths_or_traces(bundle: Path) -> None:
@@ -93,16 +134,45 @@ def test_graph_files_hold_no_paths_or_traces(bundle: Path) -> None:
         for trace in (b"site-packages", b"stack_trace", b".py", str(Path.cwd()).encode()):
             assert trace not in data, (path.name, trace)
         model = onnx.load(path)
+        # Per-group scales in opset 18, per-channel from 21 on: whoever fuses GroupNorm must raise the opset first.
+        assert not any(node.op_type == "GroupNormalization" for node in model.graph.node)
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
         assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
-def test_verify_accepts_and_reproduces(bundle: Path) -> None:
-    manifest = verify_bundle(bundle, reproduce=True)
+def test_verify_reruns_every_variant(bundle: Path) -> None:
+    """Parity of each graph, latents and images of both tasks, seconds of each part; nothing fails on the machine of the export."""
+    checks = inspect_bundle(bundle)
+    assert [check.problem for check in checks if not check.ok] == []
+    done = {(check.part, check.what) for check in checks}
+    for variant in ("fp32", "fp16", "int8", "int4"):
+        assert {(f"{part} {variant}", "graph") for part in PARTS} <= done
+        for task in ("generate", "edit"):
+            assert {(f"{task} {variant}", "latents after all steps"), (f"{task} {variant}", "images")} <= done
+        assert (f"unet, all steps {variant}", "seconds") in done
+
+
+def test_manifest_states_the_facts_of_the_checkpoint(bundle: Path) -> None:
+    manifest = verify_bundle(bundle)
     assert manifest["encoder"]["hidden_state"] == "post_norm"
     assert manifest["prompts"]["generate_drop_tokens"] == 34
     assert manifest["prompts"]["edit_drop_tokens"] == 64
     assert manifest["lineage"] == {"checkpoint_id": "dmd2-test"}
+
+
+def test_a_graph_that_computes_something_else_is_found(bundle: Path, tmp_path: Path) -> None:
+    """Right hash, right ports, one weight moved: only running it can tell."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    model = onnx.load(copy / "vae_decoder.onnx")
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(2), weight.name))
+    onnx.save(model, copy / "vae_decoder.onnx")
+    entry = {"bytes": 0, "sha256": hashlib.sha256((copy / "vae_decoder.onnx").read_bytes()).hexdigest()}
+    _break_manifest(copy, lambda m: (m["files"]["vae_decoder.onnx"].update(entry), [m["variants"].pop(name) for name in ("fp16", "int8", "int4")]))
+    verify_bundle(copy)
+    failed = [check.part for check in inspect_bundle(copy) if not check.ok]
+    assert failed == ["vae_decoder fp32", "generate fp32", "edit fp32"]
 
 
 def _break_manifest(folder: Path, change: Any) -> None:
@@ -123,15 +193,30 @@ def _break_manifest(folder: Path, change: Any) -> None:
         (lambda d: _break_manifest(d, lambda m: m["shapes"].__setitem__("sequence_tokens", 65)), "encoder.onnx takes input_ids"),
         (lambda d: _break_manifest(d, lambda m: m["prompts"].__setitem__("edit_drop_tokens", 63)), "edit_encoder.onnx"),
         (lambda d: _break_manifest(d, lambda m: m.__setitem__("schema_version", 99)), "schema version"),
+        (lambda d: _break_manifest(d, lambda m: m["encoder"].pop("hidden_state")), "encoder.hidden_state"),
+        (lambda d: _break_manifest(d, lambda m: m["graphs"]["unet"]["outputs"].clear()), "unet.onnx has ports"),
     ],
 )
 def test_verify_names_what_is_bad(bundle: Path, tmp_path: Path, damage: Any, names: str) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
-    verify_bundle(copy)
     damage(copy)
     with pytest.raises(ValueError, match=names):
         verify_bundle(copy)
+
+
+def test_the_command_verify_answers_with_a_table_and_an_exit_code(bundle: Path, tmp_path: Path) -> None:
+    """0 for a whole bundle, 1 with the name of every bad file, 2 for what is no bundle."""
+    whole = CliRunner().invoke(app, ["verify", str(bundle), "--static"])
+    assert whole.exit_code == 0 and "unet_int4.onnx" in whole.output and "FAILED" not in whole.output
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    (copy / "runner.py").write_text("print('mine')")
+    (copy / "LOOP.md").unlink()
+    bad = CliRunner().invoke(app, ["verify", str(copy), "--static"])
+    assert bad.exit_code == 1 and bad.output.count("FAILED") == 2
+    assert "runner.py has sha256" in bad.output and "LOOP.md is missing" in bad.output
+    assert CliRunner().invoke(app, ["verify", str(tmp_path), "--static"]).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -167,6 +252,12 @@ def test_release_licence_is_inherited() -> None:
     with pytest.raises(ValueError, match="CC-BY-NC-4.0"):
         ExportSettings(derived_from_release=True)
     assert ExportSettings(derived_from_release=True, weights_licence="CC-BY-NC-4.0").derived_from_release
+
+
+def test_float_is_always_among_the_variants() -> None:
+    for wrong in (("int8",), ("fp32", "int8", "int8")):
+        with pytest.raises(ValueError, match="name each once and keep fp32"):
+            ExportSettings(variants=wrong)
 
 
 def test_unknown_setting_is_refused() -> None:

@@ -1,23 +1,18 @@
-"""Sigmas, the rewritten attention and the two encoder graphs equal their stock counterparts before any ONNX."""
+"""Sigmas and the two encoder graphs equal their stock counterparts before any ONNX."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-from diffusers import DreamLiteUNetModel, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from trainers.conditioning import PromptEncoder
-from trainers.export.graphs import UNetGraph
-from trainers.export.quantize import cpu_flags, quantize_unet
 from trainers.export.runner import Runner
 from trainers.export.schedule import deployed_sigmas
-from trainers.export.settings import ExportSettings
 from trainers.export.source import read_source
 from trainers.export.text_graphs import EditEncoderGraph, EditLayout, TextEncoderGraph
 
@@ -43,29 +38,6 @@ def test_sigmas_equal_the_scheduler(checkpoint: Path) -> None:
     shift = calculate_shift(16, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0.25, 4), mu=shift)
     assert np.allclose(scheduler.sigmas.numpy(), source.sigmas(4), atol=1e-6)
-
-
-def test_folded_attention_is_exact_and_leaves_the_model_alone(checkpoint: Path) -> None:
-    torch.manual_seed(0)
-    unet = DreamLiteUNetModel.from_pretrained(checkpoint / "unet").eval()
-    inputs = (torch.randn(3, 4, 8, 16), torch.full((3,), 640.0), torch.randn(3, 20, 32))
-    mask = (torch.arange(20)[None] < torch.tensor([[20], [7], [1]])).long()
-    time_ids = torch.full((3, 2), 64.0)
-    graph = UNetGraph(unet)
-    with torch.no_grad():
-        stock = unet(*inputs, encoder_attention_mask=mask, added_cond_kwargs={"time_ids": time_ids}, return_dict=False)[0]
-        folded = graph(*inputs, mask, time_ids)
-        unmasked = graph(*inputs, torch.ones_like(mask), time_ids)
-    assert (stock - folded).abs().max() < 1e-5
-    assert (unmasked[1:] - folded[1:]).abs().max() > 1e-4
-    assert not any("Folded" in type(processor).__name__ for processor in unet.attn_processors.values())
-
-
-def test_more_key_value_heads_are_refused(checkpoint: Path) -> None:
-    config = dict(DreamLiteUNetModel.load_config(checkpoint / "unet")) | {"num_kv_heads": 2}
-    unet = DreamLiteUNetModel(**{key: value for key, value in config.items() if not key.startswith("_")})
-    with pytest.raises(ValueError, match="num_kv_heads=1"):
-        UNetGraph(unet)
 
 
 @pytest.mark.parametrize("hidden_state", ["post_norm", "pre_norm"])
@@ -108,33 +80,3 @@ def test_encoder_graphs_equal_training_conditioning(checkpoint: Path, hidden_sta
     keep = want.mask.bool()
     assert (states[:, source.drop_edit :][keep] - want.states[keep]).abs().max() < 1e-4
     assert (blind[:, source.drop_edit :][keep] - want.states[keep]).abs().max() > 1e-3
-
-
-def test_int8_guard_against_saturation(bundle: Path, tmp_path: Path) -> None:
-    """The careful kernels are never worse than the plain ones, and on AVX2 without VNNI they are far better."""
-    runner = Runner(bundle, "int8")
-    feeds = []
-    noise = runner.initial_noise([1, 2])
-    hidden, mask = runner.encode_prompts(["a red circle", "a blue square"])
-    Runner(bundle).denoise(noise, np.zeros_like(noise), hidden, mask, lambda _i, feed: feeds.append(feed))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    float_unet = onnxruntime.InferenceSession(str(bundle / "unet.onnx"), options)
-    plain_unet = onnxruntime.InferenceSession(str(bundle / "unet_int8.onnx"), options)
-    truth = np.stack([float_unet.run(None, feed)[0] for feed in feeds])
-    careful = np.abs(np.stack([runner.run_graph("unet", feed) for feed in feeds]) - truth).mean()
-    plain = np.abs(np.stack([plain_unet.run(None, feed)[0] for feed in feeds]) - truth).mean()
-    assert runner.manifest["variants"]["int8"]["session_options"] == {"session.x64quantprecision": "1"}
-    assert careful <= plain * 1.05
-    flags = cpu_flags()
-    if "avx2" in flags and not any("vnni" in flag for flag in flags):
-        assert careful * 2 < plain  # the trap is real on this machine
-
-
-def test_float_layers_stay_float(bundle: Path, tmp_path: Path) -> None:
-    small = {tensor.name for tensor in onnx.load(bundle / "unet_int8.onnx").graph.initializer if tensor.data_type in (2, 3)}
-    assert not any("conv_in" in name or "conv_out" in name for name in small)
-    assert any("conv1.pointwise" in name for name in small)
-    with pytest.raises(ValueError, match="float_layers"):
-        feed = {"sample": np.zeros((1, 4, 8, 16), np.float32)}
-        quantize_unet(bundle / "unet.onnx", tmp_path / "x.onnx", [feed], ExportSettings(float_layers=("unet",)))

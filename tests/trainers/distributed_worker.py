@@ -1,0 +1,119 @@
+"""One of the processes of the tests of distribution: trains tiny recipes on the rows that the test made.
+Started by torchrun, or by the test itself to be killed; imported by the test for its side of the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dreamlite_data.rewards import RewardModel, load_reward
+from tests.trainers.conftest import TINY_MODEL
+from tests.trainers.synthetic import SceneRows
+from trainers import parallel
+from trainers.components.build import PACKAGED
+from trainers.distributed import joined, world
+from trainers.loop import Recipe, run
+from trainers.model import build_unet, load_vae
+from trainers.recipes.dmd2 import DMD2Recipe
+from trainers.recipes.refl import ReFLRecipe
+from trainers.recipes.supervised import SupervisedRecipe
+from trainers.reward_sharding import shard_reward
+from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
+
+STEPS = 4
+JOINT = SupervisedSettings(
+    tasks={"generate": 0.5, "edit": 0.5}, datasets=("t2i", "edit"), steps=STEPS, batch=8, micro_batch=2, warmup_steps=1
+)
+REFL = ReFLSettings(
+    steps=STEPS, batch=4, micro_batch=1, rollout_steps=3, hinge="none", reward_weight=1.0, sigma_high=1.0, learning_rate=1e-3
+)
+DMD2 = DMD2Settings(steps=2, batch=4, micro_batch=1, student_steps=2, fake_steps=1, fake_warmup_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the test hands to its processes: rows, encoded once, and the folder of the frozen parts."""
+
+    rows: SceneRows
+    components: Path
+
+
+class Warmth:
+    """A reward whose truth is plain: how much red an image holds."""
+
+    def differentiable(self, images: torch.Tensor, prompts: list[str], sources: torch.Tensor | None = None) -> torch.Tensor:
+        return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+
+def unet(seed: int = 0) -> torch.nn.Module:
+    return build_unet(TINY_MODEL, 64, 8, seed)
+
+
+def supervised(inputs: Inputs, optimizer: str = "adamw", key: tuple[int, ...] = (0, 2)) -> SupervisedRecipe:
+    return SupervisedRecipe(unet(), inputs.rows, JOINT.model_copy(update={"optimizer": optimizer}), key)
+
+
+def refl(inputs: Inputs) -> ReFLRecipe:
+    rewards = {task: Warmth() for task in ("generate", "edit")}
+    return ReFLRecipe(unet(), load_vae(inputs.components), rewards, inputs.rows, REFL, (0, 4))
+
+
+def dmd2(inputs: Inputs) -> DMD2Recipe:
+    return DMD2Recipe(unet(), inputs.rows, DMD2, (0, 5))
+
+
+RECIPES: dict[str, Callable[[Inputs], Recipe]] = {
+    "adamw": supervised,
+    "muon": lambda inputs: supervised(inputs, "muon"),
+    "refl": refl,
+    "dmd2": dmd2,
+}
+
+
+def train(name: str, inputs: Inputs, output: Path, steps: int | None = None) -> Recipe:
+    """Train a recipe in all processes there are; its state is in output/state.pt."""
+    recipe = RECIPES[name](inputs)
+    run(recipe, steps=steps or recipe.settings.steps, output=output, label=name)
+    return recipe
+
+
+def score_sharded(folder: Path, rank: int) -> None:
+    """Scores and gradients to images of both rewards, before and after they are sharded, and how much of them is here."""
+    found = {}
+    for task in ("generate", "edit"):
+        reward = load_reward(PACKAGED / "rewards" / task)
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
+        sources = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(10 + rank)) if task == "edit" else None
+        parameters = sum(parameter.numel() for parameter in reward.network.backbone.parameters())
+        whole = scored(reward, images, sources)
+        shard_reward(reward, 4)
+        here = sum(parameter.to_local().numel() for parameter in reward.network.backbone.parameters())
+        found[task] = {"whole": whole, "sharded": scored(reward, images, sources), "held": here / parameters}
+    torch.save(found, folder / f"rewards_{rank}.pt")
+
+
+def scored(reward: RewardModel, images: torch.Tensor, sources: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    images = images.clone().requires_grad_()
+    scores = reward.differentiable(images, ["a red circle", "make the square blue"], sources)
+    return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]
+
+
+def main(folder: Path) -> None:
+    """Every recipe; half of one that the test goes on with alone; and one with a key of each process's own, the mistake that the
+    test must notice."""
+    inputs = torch.load(folder / "inputs.pt", weights_only=False)
+    parallel.use_threads(1)
+    with joined() as here:
+        for name in RECIPES:
+            train(name, inputs, folder / f"{name}_of_{here.size}")
+        train("muon", inputs, folder / "elastic", steps=STEPS // 2)
+        score_sharded(folder, here.rank)
+        run(supervised(inputs, key=(world().rank, 2)), steps=STEPS, output=folder / "own_keys", label="own keys")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,106 @@
+"""The loop's state on disk: a training killed at any step goes on where its last checkpoint stands and ends bit for bit alike.
+What a checkpoint must hold is shown by leaving it out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers.toy_recipe import BATCH, KILLS, STEPS, ToyRecipe, train
+from trainers.loop import run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state(output: Path) -> dict:
+    return torch.load(output / "state.pt", weights_only=True)
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(value, right[name]) for name, value in left.items())
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def logged(output: Path) -> list[tuple[float, str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["position"], line["name"], line["value"]) for line in lines if line["name"] == "loss"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DREAMLITE_PROGRESS": "0"}
+    subprocess.run([sys.executable, "-m", "tests.trainers.toy_recipe", str(tmp_path), "7"], cwd=ROOT, env=environment, check=True, timeout=900)
+    train(tmp_path / "whole")
+    assert same(state(tmp_path / "killed"), state(tmp_path / "whole")), "weights, optimizer, average, metrics or position differ"
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+
+    events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    lives = [list(life) for _, life in itertools.groupby(events, key=lambda event: event["process"])]
+    assert len(lives) == KILLS + 1
+    steps = [[event for event in life if "step" in event] for life in lives]
+    for life, following in itertools.pairwise(range(KILLS + 1)):
+        written = [event["checkpoint"] for event in lives[life] if "checkpoint" in event] or [steps[life][0]["step"]]
+        resumed, reached = steps[following][0]["step"], steps[life][-1]["step"]
+        # The kill may fall between a checkpoint and its line in the journal.
+        assert written[-1] <= resumed <= reached + 1, "more was lost than what came after the last checkpoint"
+    seen: dict[int, list[int]] = {}
+    for life in steps:  # what a life did after its last checkpoint is done again by the next: that one counts
+        seen |= {event["step"]: event["positions"] for event in life}
+    assert [position for step in range(STEPS) for position in seen[step]] == list(range(STEPS * BATCH))
+
+
+@pytest.mark.parametrize("lost", ["nothing", "ema", "position", "optimizers"])
+def test_a_resumed_training_is_bit_equal_only_with_all_of_its_state(tmp_path: Path, lost: str) -> None:
+    train(tmp_path / "whole", steps=12)
+    train(tmp_path / "parts", steps=6)
+    if lost != "nothing":
+        begun, fresh = state(tmp_path / "parts"), ToyRecipe()
+        start = {"ema": fresh.ema.weights, "position": 0, "optimizers": {"net": fresh.optimizers["net"].state_dict()}}
+        torch.save(begun | {lost: start[lost]}, tmp_path / "parts" / "state.pt")
+    train(tmp_path / "parts", steps=12)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert same(whole["modules"], parts["modules"]) == (lost in ("nothing", "ema"))
+    assert same(whole["ema"], parts["ema"]) == (lost == "nothing")
+
+
+def test_a_finished_training_does_no_step_and_gives_the_same_metrics(tmp_path: Path) -> None:
+    first = run(ToyRecipe(), steps=30, output=tmp_path, label="toy")
+    again = ToyRecipe(tmp_path / "journal.jsonl")
+    second = run(again, steps=30, output=tmp_path, label="toy")
+    assert second["loss"] == first["loss"]
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_the_log_says_how_fast_it_went_and_how_long_it_waited(tmp_path: Path) -> None:
+    means = run(ToyRecipe(pause_s=0.002), steps=20, output=tmp_path, label="toy", flops_per_sample=lambda index: 1e9 if index < 10 else 3e9)
+    assert means["samples_per_s"] < BATCH / 0.002
+    assert means["tflops_per_s"] == pytest.approx(means["samples_per_s"] * 2e-3)
+    assert means["data_wait_share"] == 0.0, "the toy draws its rows itself"
+    names = {json.loads(line)["name"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
+    assert {"loss", "samples_per_s", "data_wait_share", "tflops_per_s"} <= names
+
+
+def test_two_trainings_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    other = ToyRecipe()
+    refusals = []
+
+    def meanwhile(position: int, _: object) -> None:
+        if position == 4:  # the training is over, and told of a last time
+            return
+        with pytest.raises(RuntimeError, match="another process is training in") as refused:
+            run(other, steps=4, output=tmp_path, label="second")
+        refusals.append(refused)
+
+    run(ToyRecipe(pause_s=0.05), steps=4, output=tmp_path, label="first", checkpoint_every_s=0.0, on_checkpoint=meanwhile)
+    assert refusals and other.ema.updates == 0
+    run(other, steps=4, output=tmp_path, label="later")  # the first has ended

@@ -1,0 +1,163 @@
+"""What the full-size network costs to export: seconds, bytes and memory of each graph, and one call of it beside torch.
+Random weights of the official configuration, so nothing is downloaded; each stage is a process, so that its memory is its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from diffusers import AutoencoderTiny, DreamLiteUNetModel
+
+from trainers.export.graphs import save_clean, write_graph
+from trainers.export.prepare import UNET_INPUTS, UNetGraph, VaeDecoderGraph, VaeEncoderGraph
+from trainers.export.quantize import SESSION_OPTIONS, quantize_unet
+from trainers.export.samples import difference
+from trainers.export.settings import ExportSettings, Variant
+from trainers.export.weights import to_blocks, to_half
+from trainers.model import OFFICIAL_PARAMETERS, build_unet
+from trainers.settings import ModelSettings
+
+LIMITS_MB = {"fp32": 1565.0, "fp16": 785.0, "int8": 400.0, "int4": 245.0}
+"""Most that the UNet's file may take; the paper's own W8A8 file has 393.9 MB."""
+
+LEAST_DB = {"fp32": 100.0, "fp16": 60.0, "int8": 35.0, "int4": 35.0}
+"""Least PSNR of one call against torch. Random weights lack the outliers of trained ones: this finds bugs, not quality."""
+
+TEXT_WIDTH, SEQUENCE_TOKENS, LATENT_CHANNELS, SCALE = 2048, 128, 4, 8
+
+
+def measure_full_size(folder: Path, size_px: int, variants: Sequence[Variant], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Export the 0.39 B UNet for `size_px` in every variant, and the VAE, into `folder`; one row a graph.
+
+    Row: graph, variant, megabytes, limit_mb, export_s, export_peak_mb, call_s, call_peak_mb, psnr_db, ok. The text encoder (2 B) is not
+    among them: a bundle names it and does not carry it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for part in ("vae_encoder", "vae_decoder"):
+        export = _alone(say, f"{part} fp32", _export_vae, folder, part, size_px)
+        rows.append(_row(folder / f"{part}.onnx", part, "fp32", None, export, None))
+    first = _alone(say, "unet fp32", _export_unet, folder, size_px)
+    for variant in ("fp32", *(name for name in variants if name != "fp32")):
+        path = folder / ("unet.onnx" if variant == "fp32" else f"unet_{variant}.onnx")
+        export = first if variant == "fp32" else _alone(say, f"unet {variant}", _shrink_unet, folder, variant)
+        call = _alone(say, f"unet {variant}, one call", _call_unet, folder, path, variant)
+        rows.append(_row(path, "unet", variant, LIMITS_MB[variant], export, call))
+    return rows
+
+
+def _row(
+    path: Path, graph: str, variant: str, limit: float | None, export: dict[str, float], call: dict[str, float] | None
+) -> dict[str, Any]:
+    megabytes = path.stat().st_size / 1e6
+    row = {"graph": graph, "variant": variant, "megabytes": round(megabytes, 1), "limit_mb": limit, "export_s": export["seconds"],
+           "export_peak_mb": export["peak_mb"]}  # fmt: skip
+    good = limit is None or megabytes <= limit
+    if call is not None:
+        row |= {"call_s": call["seconds"], "call_peak_mb": call["peak_mb"], "psnr_db": call["psnr_db"]}
+        good = good and call["psnr_db"] >= LEAST_DB[variant]
+    return row | {"ok": good}
+
+
+def _alone(say: Callable[[str], None], name: str, work: Callable[..., dict[str, float]], *inputs: Any) -> dict[str, float]:
+    """`work` in a process of its own, with the seconds and peak memory (MB) it took there, where it does not say its own seconds."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_measured, work, inputs).result()
+    say(f"{name}: {found['seconds']:.1f} s, {found['peak_mb']:.0f} MB of memory at most")
+    return found
+
+
+def _measured(work: Callable[..., dict[str, float]], inputs: tuple[Any, ...]) -> dict[str, float]:
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    found = work(*inputs)
+    # Linux counts ru_maxrss in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": round(time.perf_counter() - began, 1), "peak_mb": round(peak), **found}
+
+
+def _official(size_px: int) -> DreamLiteUNetModel:
+    unet = build_unet(ModelSettings(preset="official", size_px=size_px), TEXT_WIDTH, size_px // SCALE).eval()
+    parameters = sum(value.numel() for value in unet.parameters())
+    if parameters != OFFICIAL_PARAMETERS:
+        raise ValueError(f"the official UNet has {OFFICIAL_PARAMETERS:,} parameters, the installed diffusers builds one of {parameters:,}.")
+    return unet
+
+
+def _unet_inputs(size_px: int, batch: int) -> dict[str, torch.Tensor]:
+    noise, side = torch.Generator().manual_seed(0), size_px // SCALE
+    kept = torch.arange(SEQUENCE_TOKENS) < SEQUENCE_TOKENS // 2
+    values = (
+        torch.randn(batch, LATENT_CHANNELS, side, 2 * side, generator=noise),
+        torch.full((batch,), 849.23),
+        torch.randn(batch, SEQUENCE_TOKENS, TEXT_WIDTH, generator=noise),
+        kept.long().expand(batch, -1),
+        torch.full((batch, 2), float(size_px)),
+    )
+    return dict(zip(UNET_INPUTS, values, strict=True))
+
+
+@torch.no_grad()
+def _export_unet(folder: Path, size_px: int) -> dict[str, float]:
+    """folder/unet.onnx, and folder/call.npz: one call's inputs and what torch makes of them with its stock attention."""
+    unet = _official(size_px)
+    call = _unet_inputs(size_px, 1)
+    given = dict(call)
+    time_ids = given.pop("time_ids")
+    velocity = unet(**given, added_cond_kwargs={"time_ids": time_ids}, return_dict=False)[0]
+    np.savez(folder / "call.npz", velocity=velocity.numpy(), **{name: value.numpy() for name, value in call.items()})
+    write_graph(UNetGraph(unet), _unet_inputs(size_px, 2), "velocity", folder / "unet.onnx")
+    return {}
+
+
+def _export_vae(folder: Path, part: str, size_px: int) -> dict[str, float]:
+    """One half of the released VAE's architecture (TAESDXL: the class defaults of AutoencoderTiny)."""
+    vae, side = AutoencoderTiny(), size_px // SCALE
+    if part == "vae_encoder":
+        write_graph(VaeEncoderGraph(vae), {"image": torch.zeros(2, 3, size_px, size_px)}, "latent", folder / "vae_encoder.onnx")
+    else:
+        write_graph(VaeDecoderGraph(vae), {"latent": torch.zeros(2, LATENT_CHANNELS, side, side)}, "image", folder / "vae_decoder.onnx")
+    return {}
+
+
+def _shrink_unet(folder: Path, variant: Variant) -> dict[str, float]:
+    """folder/unet_<variant>.onnx from folder/unet.onnx, int8 calibrated on the one call (a size and a speed, not a quality)."""
+    settings, target = ExportSettings(scan_rows=0), folder / f"unet_{variant}.onnx"
+    if variant == "int8":
+        quantize_unet(folder / "unet.onnx", target, [_stored_call(folder)[0]], settings)
+        return {}
+    model = onnx.load(folder / "unet.onnx")
+    if variant == "int4":
+        to_blocks(model, 4, settings.block_values, settings.float_layers)
+    save_clean(to_half(model), target)
+    return {}
+
+
+def _call_unet(folder: Path, path: Path, variant: Variant) -> dict[str, float]:
+    """Seconds and PSNR of one call against torch's."""
+    import onnxruntime
+
+    feed, velocity = _stored_call(folder)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if variant == "int8":
+        for key, value in SESSION_OPTIONS.items():
+            options.add_session_config_entry(key, value)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    began = time.perf_counter()
+    found = session.run(None, feed)[0]
+    return {"seconds": round(time.perf_counter() - began, 2), "psnr_db": difference(velocity, found)["psnr_db"]}
+
+
+def _stored_call(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    with np.load(folder / "call.npz", allow_pickle=False) as stored:
+        return {name: stored[name] for name in UNET_INPUTS}, stored["velocity"]

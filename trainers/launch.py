@@ -1,0 +1,116 @@
+"""Run one training stage where `TrainExecution` says: here, under torchrun, or on Ray Train.
+As a program (`python -m trainers.launch REQUEST`) it is one of the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from dreamlite_data.lake import Lake
+from dreamlite_data.strict_settings import StrictSettings
+from trainers.distributed import joined
+from trainers.execution import TrainExecution
+from trainers.parallel import processors, use_threads
+from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, SupervisedSettings
+from trainers.stages import follow_checkpoint, train_stage
+
+ANSWER = "trained.json"
+"""What the first process leaves in the stage's folder for the one that launched it: its metrics."""
+
+
+class StageRequest(StrictSettings):
+    """A call of `train_stage` that can be sent to another process. All folders are seen by every process under these names."""
+
+    stage: str
+    settings: SupervisedSettings | ReFLSettings | DMD2Settings
+    model: ModelSettings
+    components: Path
+    parent: Path | None
+    lake: Path
+    datasets: dict[str, int | None]
+    output: Path
+    seed: int
+    threads: int | None = Field(None, description="threads of each process on CPUs; null shares the processors evenly")
+    execution: TrainExecution
+
+
+def train(request: StageRequest, lake: Lake) -> dict[str, float]:
+    """Train the stage and return its last metrics; `lake` is the open lake that `request.lake` names, for a run in this process.
+
+    Raises what `train_stage` raises, and RuntimeError with the last lines of a launched process that failed.
+    """
+    if request.execution.runner == "plain":
+        use_threads(request.threads)
+        return _train_stage(request, lake)
+    folders = {name: getattr(request, name) for name in ("components", "parent", "lake", "output")}
+    request = request.model_copy(update={name: path.absolute() for name, path in folders.items() if path})  # workers have another folder
+    if request.parent:  # which settings were left open is not said in what is sent
+        request = request.model_copy(update={"model": follow_checkpoint(request.parent, request.model)})
+    request.output.mkdir(parents=True, exist_ok=True)
+    (request.output / ANSWER).unlink(missing_ok=True)
+    if request.execution.runner == "ray":
+        from trainers.ray_train import train_on_ray
+
+        train_on_ray(request)
+    else:
+        _torchrun(request)
+    return json.loads((request.output / ANSWER).read_text())
+
+
+def train_here(request: StageRequest, on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None) -> None:
+    """This process's part of a training that several share; the first one leaves the answer in the stage's folder."""
+    # Sharded rewards gather their weights in every call: calls on two threads would meet those of other processes out of order.
+    one = request.execution.shard_rewards
+    use_threads(1 if one else request.threads or max(1, processors() // request.execution.most))
+    with joined() as here, Lake(request.lake, read_only=True) as lake:
+        metrics = _train_stage(request, lake, on_checkpoint)
+        if here.first:
+            partial = request.output / f"{ANSWER}.partial"
+            partial.write_text(json.dumps(metrics))
+            partial.rename(request.output / ANSWER)
+
+
+def _train_stage(
+    request: StageRequest, lake: Lake, on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None
+) -> dict[str, float]:
+    return train_stage(
+        request.stage, request.settings, request.model, components=request.components, parent=request.parent, lake=lake,
+        datasets=request.datasets, output=request.output, seed=request.seed, execution=request.execution, on_checkpoint=on_checkpoint,
+    )  # fmt: skip
+
+
+def _torchrun(request: StageRequest) -> None:
+    """`workers` processes on this machine; where one is lost all of them start again from the checkpoint, `max_failures` times."""
+    described = request.output / "request.json"
+    described.write_text(request.model_dump_json())
+    execution = request.execution
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(execution.most),
+        "--max-restarts", str(execution.max_failures), "-m", "trainers.launch", str(described),
+    ]  # fmt: skip
+    package_root = str(Path(__file__).resolve().parents[1])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"}
+    log = request.output / "torchrun.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C: the processes must not train on without anybody to tell
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        said = [line for line in lines if "Error" in line and "ChildFailedError" not in line] or lines
+        raise RuntimeError(f"stage {request.stage!r} failed under torchrun: {said[-1].strip() if said else 'it said nothing'} (all of it is in {log})")
+
+
+if __name__ == "__main__":
+    train_here(StageRequest.model_validate_json(Path(sys.argv[1]).read_text()))
