@@ -182,7 +182,7 @@ def export_step(config: PipelineConfig) -> Step:
     )
 
 
-TRAINING_SQL = """
+CALIBRATION_SQL = """
 SELECT row_id, task, text, source_image_id
 FROM (
     SELECT *, row_number() OVER (PARTITION BY task, coalesce(edit_type, '') ORDER BY md5(row_id || $seed)) AS turn
@@ -194,13 +194,13 @@ ORDER BY turn, md5(row_id || $seed) LIMIT $rows
 
 
 def training_rows(ctx: StepContext, names: tuple[str, ...], count: int) -> list[dict[str, Any]]:
-    """`count` training rows of each dataset as {id, task, text, image (bytes of an edit's source)}, by SQL: never held-out ones."""
+    """`count` training rows of each dataset as {id, task, text, image (bytes of an edit's source)}, drawn by SQL: never held-out ones."""
     from dreamlite_data.dataset import read_images
 
     rows: list[dict[str, Any]] = []
     for name, version in dataset_versions(ctx, names).items():
         wanted = {"name": name, "version": version, "seed": str(ctx.seed), "rows": count}
-        drawn = ctx.lake.query(TRAINING_SQL, wanted).to_pylist()
+        drawn = ctx.lake.query(CALIBRATION_SQL, wanted).to_pylist()
         images = read_images(ctx.lake, [row["source_image_id"] for row in drawn])
         rows += [
             {"id": f"{name}@{version}/{row['row_id']}", "task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])}

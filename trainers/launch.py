@@ -18,7 +18,7 @@ from trainers.distributed import joined
 from trainers.execution import TrainExecution
 from trainers.parallel import processors, use_threads
 from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, SupervisedSettings
-from trainers.stages import train_stage
+from trainers.stages import follow_checkpoint, train_stage
 
 ANSWER = "trained.json"
 """What the first process leaves in the stage's folder for the one that launched it: its metrics."""
@@ -50,6 +50,8 @@ def train(request: StageRequest, lake: Lake) -> dict[str, float]:
         return _train_stage(request, lake)
     folders = {name: getattr(request, name) for name in ("components", "parent", "lake", "output")}
     request = request.model_copy(update={name: path.absolute() for name, path in folders.items() if path})  # workers have another folder
+    if request.parent:  # which settings were left open is not said in what is sent
+        request = request.model_copy(update={"model": follow_checkpoint(request.parent, request.model)})
     request.output.mkdir(parents=True, exist_ok=True)
     (request.output / ANSWER).unlink(missing_ok=True)
     if request.execution.runner == "ray":

@@ -58,7 +58,7 @@ class Source:
     vision: Vision
     scheduler: dict[str, Any]
     digest: str
-    weights: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any]
     """Origin and licence of the weights that the checkpoint was trained from; empty where it was trained from scratch."""
     vae_scaling: float = 1.0
     vae_shift: float = 0.0
@@ -139,9 +139,9 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         vision=_read_vision(checkpoint, int(facts["encoder_image_px"])),
         scheduler=scheduler,
         digest=directory_digest(checkpoint),
+        weights=facts.get("weights", {}),
         vae_scaling=float(vae.get("scaling_factor", 1.0)),
         vae_shift=float(vae.get("shift_factor") or 0.0),
-        weights=facts.get("weights", {}),
     )
 
 
