@@ -14,6 +14,7 @@ venv: .venv/.stamp  ## the environment, exactly as tested
 .venv/.stamp: pyproject.toml infra/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev,nsfw,ocr]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c infra/constraints.txt dashscope  # ranks of the true tokenizer, for tests
 	touch $@
 
 retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|paper LAKE=lake
