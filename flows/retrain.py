@@ -182,7 +182,7 @@ def export_step(config: PipelineConfig) -> Step:
     )
 
 
-CALIBRATION_SQL = """
+TRAINING_SQL = """
 SELECT row_id, task, text, source_image_id
 FROM (
     SELECT *, row_number() OVER (PARTITION BY task, coalesce(edit_type, '') ORDER BY md5(row_id || $seed)) AS turn
@@ -200,7 +200,7 @@ def training_rows(ctx: StepContext, names: tuple[str, ...], count: int) -> list[
     rows: list[dict[str, Any]] = []
     for name, version in dataset_versions(ctx, names).items():
         wanted = {"name": name, "version": version, "seed": str(ctx.seed), "rows": count}
-        drawn = ctx.lake.query(CALIBRATION_SQL, wanted).to_pylist()
+        drawn = ctx.lake.query(TRAINING_SQL, wanted).to_pylist()
         images = read_images(ctx.lake, [row["source_image_id"] for row in drawn])
         rows += [
             {"id": f"{name}@{version}/{row['row_id']}", "task": row["task"], "text": row["text"], "image": images.get(row["source_image_id"])}
