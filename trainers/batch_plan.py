@@ -4,6 +4,7 @@ A pure function of seed and step, so that a resumed run and any number of proces
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,6 +66,9 @@ class Plan:
                 f"no aspect bucket has the {', '.join(f'{count} {task}' for task, count in self.counts.items())} rows that a batch takes;"
                 f" the fullest are {fullest}: lower `batch`, add rows or set model.aspect_buckets to false"
             )
+        if self.lost:
+            shapes = ", ".join(f"{width}x{height} ({count} {task})" for ((height, width), task), count in sorted(self.lost.items()))
+            print(f"{sum(self.lost.values())} rows have shapes too rare to fill a batch and are left out: {shapes}", file=sys.stderr)
         self._cycle = [panel for panel, pool in self.pools.items() for _ in range(self._batches(pool))]
         self._orders: dict[tuple[object, ...], np.ndarray] = {}
 

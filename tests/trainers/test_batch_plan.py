@@ -24,7 +24,7 @@ def shape_of(row: int) -> tuple[int, int]:
     return next(panel for panel, pool in pools().items() if any(row in rows for rows in pool.values()))
 
 
-def test_a_batch_has_one_shape_and_exact_counts_and_only_counted_rows_are_lost():
+def test_a_batch_has_one_shape_and_exact_counts_and_only_counted_rows_are_lost(capsys):
     plan = Plan(pools(), {"generate": 0.5, "edit": 0.5}, 4, (3,))
     seen: set[int] = set()
     shapes = set()
@@ -40,6 +40,7 @@ def test_a_batch_has_one_shape_and_exact_counts_and_only_counted_rows_are_lost()
     lost = everything - seen
     assert shapes == {SQUARE, WIDE, TALL}
     assert plan.lost == {(RARE, "generate"): 3, (RARE, "edit"): 1} and lost == {30, 31, 32, 130}
+    assert capsys.readouterr().err.startswith("4 rows have shapes too rare")
     assert plan.indices(7) == Plan(pools(), {"generate": 0.5, "edit": 0.5}, 4, (3,)).indices(7), "a resumed plan is the same"
     assert any(plan.indices(step) != Plan(pools(), {"generate": 0.5, "edit": 0.5}, 4, (4,)).indices(step) for step in range(5))
 
