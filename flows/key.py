@@ -220,3 +220,24 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str
     # Module names hold dots themselves; flattening is only for people to read, never for the key.
     before, after = flatten(old), flatten(new)
     return [(name, before.get(name), after.get(name)) for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and bytes of a folder up to 256 MB; beyond that over names, sizes and modification times.
+
+    A source of terabytes must be planned in seconds; a checkpoint folder must be known by its content alone.
+    """
+    if not folder.is_dir():
+        return "absent"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [path.stat() for path in files]
+    by_content = sum(stat.st_size for stat in stats) <= 256 * 1024**2
+    total = hashlib.sha256(b"content" if by_content else b"listing")
+    for path, stat in zip(files, stats, strict=True):
+        total.update(str(path.relative_to(folder)).encode() + b"\0")
+        if by_content:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        else:
+            total.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return total.hexdigest()

@@ -13,7 +13,7 @@ import trainers
 from dreamlite_data.model_settings import ChatSettings
 from dreamlite_data.settings import ExtraSource, RefreshSettings
 from flows.config import PipelineConfig
-from flows.key import digest, spec_of
+from flows.key import digest, folder_digest, spec_of
 from flows.start import START, join_parts, start_step
 from flows.step import Edge, Step, StepContext, StepResult, step_id
 
@@ -315,24 +315,3 @@ def source_digest(source: ExtraSource) -> str:
     if source.kind == "url_list":
         parts.append(datetime.now(UTC).date().isoformat())
     return digest(parts)
-
-
-def folder_digest(folder: Path) -> str:
-    """sha256 over names and bytes of a folder up to 256 MB; beyond that over names, sizes and modification times.
-
-    A source of terabytes must be planned in seconds; a checkpoint folder must be known by its content alone.
-    """
-    if not folder.is_dir():
-        return "absent"
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    stats = [path.stat() for path in files]
-    by_content = sum(stat.st_size for stat in stats) <= 256 * 1024**2
-    total = hashlib.sha256(b"content" if by_content else b"listing")
-    for path, stat in zip(files, stats, strict=True):
-        total.update(str(path.relative_to(folder)).encode() + b"\0")
-        if by_content:
-            with path.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-        else:
-            total.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return total.hexdigest()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.config import PipelineConfig
-from flows.key import spec_of
-from flows.refresh import components_folder, dataset_versions, folder_digest, refresh_steps
+from flows.key import folder_digest, spec_of
+from flows.refresh import components_folder, dataset_versions, refresh_steps
 from flows.start import START
 from flows.step import Edge, Step, StepContext, StepResult, step_id
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flows.key import digest, spec_of
+from flows.key import digest, folder_digest, spec_of
 from flows.step import Edge, Step, StepContext, StepResult, step_id
 from trainers.settings import StartSettings
 
@@ -20,7 +20,6 @@ def start_step(settings: StartSettings) -> Step:
     """Check the checkpoint, state its facts and link its weights."""
 
     def run(ctx: StepContext) -> StepResult:
-        from flows.refresh import folder_digest
         from trainers.start import import_checkpoint
 
         checkpoint, own_id = ctx.directory / "checkpoint", step_id(START, ctx.key)
@@ -50,7 +49,6 @@ def start_step(settings: StartSettings) -> Step:
 def checkpoint_digest(model: str) -> str:
     """What tells a checkpoint from another: the content of its folder, or the commit of a hub model (the revision as it is written
     where the hub does not answer)."""
-    from flows.refresh import folder_digest
 
     if Path(model).is_dir():
         return folder_digest(Path(model))

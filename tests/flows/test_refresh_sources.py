@@ -9,7 +9,8 @@ import pytest
 from dreamlite_data.settings import ExtraSource
 from dreamlite_data.sources import extra
 from flows.config import load_config
-from flows.refresh import folder_digest, refresh_steps, source_digest
+from flows.key import folder_digest
+from flows.refresh import refresh_steps, source_digest
 
 
 def _source(path: Path, **settings: object) -> ExtraSource:
