@@ -271,7 +271,7 @@ def test_a_bundle_from_released_weights_carries_their_licence(checkpoint: Path, 
     path = tmp_path / "derived" / "dreamlite.json"
     weights = {"origin": "carlofkl/DreamLite-base@0", "licence": "CC-BY-NC-4.0", "derived_from_release": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}))
-    settings = ExportSettings(sequence_tokens=64, calibration_rows=1, parity_rows=1, quantize=False, text_encoder=False)
+    settings = ExportSettings(sequence_tokens=64, calibration_rows=1, parity_rows=1, variants=("fp32",), text_encoder=False)
     answer = export_bundle(tmp_path / "derived", settings, tmp_path / "out", calibration=calibration_rows(2))
     licences = json.loads((Path(answer["bundle"]) / "manifest.json").read_text())["licences"]
     assert (licences["weights"], licences["derived_from_release"], licences["non_commercial"]) == ("CC-BY-NC-4.0", True, True)
