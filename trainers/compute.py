@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dreamlite_data.rewards.plan import GPUS, USABLE_MEMORY
-from trainers.flow import deployed_sigmas
+from trainers.flow import deployed_sigmas, steps_within
 from trainers.network_cost import NetworkCost, decoder_cost, forward_flops, unet_cost
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 
@@ -137,11 +137,7 @@ def forwards_per_sample(settings: StageSettings, side: int) -> float:
     if isinstance(settings, SupervisedSettings):
         return 1 + BACKWARD
     if isinstance(settings, ReFLSettings):
-        exits = [
-            index
-            for index, sigma in enumerate(deployed_sigmas(settings.rollout_steps, side, side)[:-1])
-            if settings.sigma_low <= sigma <= settings.sigma_high
-        ]
+        exits = steps_within(deployed_sigmas(settings.rollout_steps, side, side), settings.sigma_low, settings.sigma_high)
         rollout = sum(exits) / max(1, len(exits)) * _branches(settings)
         return rollout + 1 + BACKWARD + 1
     own_steps = (settings.student_steps - 1) / 2

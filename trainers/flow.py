@@ -3,6 +3,7 @@ Convention of the released model: t = sigma = 1 is pure noise and the network pr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,9 +78,20 @@ def dynamic_shift(height: int, width: int, config: dict[str, Any]) -> float:
 def deployed_sigmas(steps: int, height: int, width: int, config: dict[str, Any] | None = None) -> list[float]:
     """The sigmas that the deployed scheduler takes for a panel of height x width latents, ending in 0."""
     config = SCHEDULER_CONFIG | (config or {})
-    scheduler = FlowMatchEulerDiscreteScheduler(**{name: config[name] for name in SCHEDULER_CONFIG})
+    return list(_deployed_sigmas(steps, height, width, tuple((name, config[name]) for name in SCHEDULER_CONFIG)))
+
+
+@functools.cache  # recipes ask in every step, for the panels of its batch
+def _deployed_sigmas(steps: int, height: int, width: int, items: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
+    config = dict(items)
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=dynamic_shift(height, width, config))
-    return [float(sigma) for sigma in scheduler.sigmas]
+    return tuple(float(sigma) for sigma in scheduler.sigmas)
+
+
+def steps_within(sigmas: Sequence[float], low: float, high: float) -> list[int]:
+    """Indices of the sampling steps that begin at a sigma in [low, high]; the last entry of `sigmas` ends the last step."""
+    return [index for index, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
 
 
 def predict(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dreamlite_data.rewards import RewardModel, Scorer
 from trainers.batch_plan import Plan
 from trainers.data import Batch, TrainingRows
-from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict
+from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict, steps_within
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
 from trainers.lora import frozen_copy, trainable
 from trainers.parallel import map_threads
@@ -131,10 +131,10 @@ class ReFLRecipe:
 
     def _exits(self, batch: Batch) -> list[int]:
         """Steps of the rollout that may get the gradient; raises ValueError where no sigma lies in the range."""
-        settings, sigmas = self.settings, self._sigmas(batch)[:-1]
-        exits = [index for index, sigma in enumerate(sigmas) if settings.sigma_low <= sigma <= settings.sigma_high]
+        settings, sigmas = self.settings, self._sigmas(batch)
+        exits = steps_within(sigmas, settings.sigma_low, settings.sigma_high)
         if not exits:
-            listed = ", ".join(f"{sigma:.3f}" for sigma in sigmas)
+            listed = ", ".join(f"{sigma:.3f}" for sigma in sigmas[:-1])
             raise ValueError(
                 f"no rollout step has a sigma between {settings.sigma_low} and {settings.sigma_high}: the steps are at"
                 f" {listed}; widen sigma_low and sigma_high or change rollout_steps"
