@@ -55,9 +55,14 @@ def _unet_cost(config: str, side: int, dtype: torch.dtype) -> NetworkCost:
 
 
 def forward_flops(config: Mapping[str, Any], side: int) -> float:
-    """Floating point operations of one forward pass of that UNet for one sample."""
+    """Floating point operations of one forward pass of that UNet for one sample, counted once in a process."""
+    return _forward_flops(json.dumps(dict(config), sort_keys=True), side)
+
+
+@functools.lru_cache
+def _forward_flops(config: str, side: int) -> float:
     with torch.device("meta"), torch.no_grad():
-        network, inputs = _unet(config, side, torch.float32)
+        network, inputs = _unet(json.loads(config), side, torch.float32)
         with FlopCounterMode(display=False) as counter:
             network(**inputs)
     return float(counter.get_total_flops())

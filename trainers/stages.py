@@ -88,6 +88,8 @@ def train_stage(
     if settings.lora is not None:
         add_lora(unet, settings.lora, seed)
 
+    digest = encoders_digest(components)
+
     def rows_of(size_px: int, logical_size_px: int | None = None) -> TrainingRows:
         return TrainingRows(
             lake,
@@ -95,7 +97,7 @@ def train_stage(
             split="train",
             vae=vae,
             encoder=encoder,
-            components_digest=encoders_digest(components),
+            components_digest=digest,
             size_px=size_px,
             encode_images=settings.reads_targets,
             columns=settings.columns,
