@@ -4,7 +4,6 @@ No value is ever replaced: a training that hides a NaN has learned from somethin
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from trainers.data import Batch, Row
+from trainers.distributed import world
 
 ROWS_FILE = "offending_rows.json"
 
@@ -56,8 +56,8 @@ def _broken(value: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> st
 
 def stop(error: NonFiniteError, label: str, step: int, output: Path) -> FloatingPointError:
     """Write the rows to output/offending_rows.json (of each process its own) and return the error that ends the run."""
-    rank = os.environ.get("RANK", "0")
-    path = output / (ROWS_FILE if rank == "0" else ROWS_FILE.replace(".json", f".{rank}.json"))
+    here = world()
+    path = output / (ROWS_FILE if here.first else ROWS_FILE.replace(".json", f".{here.rank}.json"))
     rows = [
         {"row_id": row.row_id, "task": row.task, "image_id": row.image_id, "source_image_id": row.source_image_id, "text": row.text}
         for row in error.rows
