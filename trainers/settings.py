@@ -91,7 +91,26 @@ class StartSettings(StrictSettings):
     licence: str | None = Field(None, description="of its weights, where its model card names none; null: that of the release")
 
 
-class SupervisedSettings(StrictSettings):
+class RecipeSettings(StrictSettings):
+    """What every recipe can be asked for, and what it asks of its rows: by itself prompts and sources alone."""
+
+    ema_width: float | None = Field(
+        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
+    )
+    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns that rows of a task must have a value in beyond those of every recipe."""
+        return {}
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the target images are encoded."""
+        return False
+
+
+class SupervisedSettings(RecipeSettings):
     """One supervised stage: t2i, edit, joint or sft."""
 
     tasks: dict[Literal["generate", "edit"], float] = Field(description="share of each task in every batch")
@@ -106,9 +125,6 @@ class SupervisedSettings(StrictSettings):
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.995, ge=0, lt=1)
-    ema_width: float | None = Field(
-        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
-    )
     timestep_law: Literal["uniform", "logit_normal"] = "uniform"
     timestep_shift: float = Field(1.0, gt=0, description="t' = a t / (1 + (a - 1) t); above 1 favours noise")
     stratified_times: bool = Field(True, description="spread the times of a batch evenly, which is unbiased; false: draw each alone")
@@ -119,7 +135,6 @@ class SupervisedSettings(StrictSettings):
     foreground_weight: bool = Field(True, description="weight log2(total / edited area) + 1 on the edited latents")
     foreground_weight_cap: float = Field(5.0, ge=1)
     lora: LoraSettings | None = Field(None, description="train an adapter of these settings; null: the whole network")
-    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
     size_phases: tuple[SizePhase, ...] = Field((), description="sizes in their order, the model's size_px last; none: that alone")
 
     @property
@@ -153,7 +168,7 @@ class SecondScorerSettings(StrictSettings):
     model: Path
 
 
-class ReFLSettings(StrictSettings):
+class ReFLSettings(RecipeSettings):
     """Reward feedback learning: the reward's gradient through the decoder into one denoising step."""
 
     datasets: tuple[str, ...] = ("rl",)
@@ -177,26 +192,12 @@ class ReFLSettings(StrictSettings):
     learning_rate: float = Field(1e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)
-    ema_width: float | None = Field(
-        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
-    )
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
     lora: LoraSettings | None = Field(None, description="train an adapter; the start model is then the same network without it")
-    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        """Columns that rows of a task must have a value in: prompts and sources alone."""
-        return {}
-
-    @property
-    def reads_targets(self) -> bool:
-        """Whether the target images are encoded."""
-        return False
 
 
-class DMD2Settings(StrictSettings):
+class DMD2Settings(RecipeSettings):
     """Distribution matching distillation of the guided model into few deployed steps without guidance."""
 
     datasets: tuple[str, ...] = ("t2i", "edit")
@@ -210,9 +211,6 @@ class DMD2Settings(StrictSettings):
     fake_learning_rate: float = Field(4e-4, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.95, ge=0, lt=1)
-    ema_width: float | None = Field(
-        None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
-    )
     guidance_scale: float = 2.0
     image_guidance_scale: float = 1.0
     score_time_low: float = Field(0.02, ge=0)
@@ -222,12 +220,6 @@ class DMD2Settings(StrictSettings):
     gan_weight: float = Field(0.0, ge=0, description="weight of the student's adversarial loss, 5e-3 in the paper; 0: no discriminator")
     gan_fake_weight: float = Field(1e-2, gt=0, description="weight of the discriminator's loss beside that of the fake score")
     gan_time_high: float = Field(1.0, gt=0, le=1, description="the discriminator sees rows noised to times below this")
-    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        """Columns that rows of a task must have a value in: prompts and sources alone."""
-        return {}
 
     @property
     def reads_targets(self) -> bool:
