@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,43 +18,49 @@ Row = dict[str, object]
 
 @dataclasses.dataclass(frozen=True)
 class Grades:
-    """`right`: whether each picture shows exactly what was asked, in the order of the pictures. `parts`: the verdicts of
-    `scene_agreement` or `edit_agreement`, together for all pictures."""
+    """`verdicts`: what `scene_agreement` or `edit_agreement` says of each picture. One that agrees in every part shows exactly
+    what was asked: `scenes.matches` and `scenes.edit_matches` would read it a second time to say the same."""
 
     task: str
-    right: list[bool]
     groups: list[str]
-    parts: dict[str, list[bool]]
+    verdicts: list[dict[str, list[bool]]]
     repetitions: int
+
+    @property
+    def right(self) -> list[bool]:
+        """Whether each picture shows exactly what was asked."""
+        return [all(all(values) for values in parts.values()) for parts in self.verdicts]
 
     def rows(self, prefix: str = "") -> list[Row]:
         """(task, metric, value, n, low, high): the exact rate, by group of questions, and the rate of each part."""
-        name = f"{prefix}{self.task}_exact"
-        rows = [rate_row(self.task, name, self.right, self.repetitions)]
+        name, right = f"{prefix}{self.task}_exact", self.right
+        rows = [rate_row(self.task, name, right, self.repetitions)]
         if prefix:
             return rows
         grouped = defaultdict(list)
-        for group, value in zip(self.groups, self.right, strict=True):
+        for group, value in zip(self.groups, right, strict=True):
             grouped[group].append(value)
         rows += [rate_row(self.task, f"{name}_{group}", values, self.repetitions) for group, values in sorted(grouped.items())]
-        return rows + [rate_row(self.task, f"{self.task}_part_{part}", values, self.repetitions) for part, values in self.parts.items() if values]
+        together: dict[str, list[bool]] = defaultdict(list)
+        for parts in self.verdicts:
+            for part, values in parts.items():
+                together[part] += values
+        return rows + [rate_row(self.task, f"{self.task}_part_{part}", values, self.repetitions) for part, values in together.items() if values]
 
 
 def grade_generated(images: np.ndarray, questions: Questions) -> Grades:
     """Grade pictures [R * N, H, W, 3]: R repetitions of the N prompts, one after the other."""
     repetitions = len(images) // len(questions.wanted)
     asked = questions.wanted * repetitions
-    right = [scenes.matches(image, scene) for image, scene in zip(images, asked, strict=True)]
-    parts = _together(scenes.scene_agreement(image, scene) for image, scene in zip(images, asked, strict=True))
-    return Grades("generate", right, [f"{len(scene.objects)}_objects" for scene in asked], parts, repetitions)
+    verdicts = [scenes.scene_agreement(image, scene) for image, scene in zip(images, asked, strict=True)]
+    return Grades("generate", [f"{len(scene.objects)}_objects" for scene in asked], verdicts, repetitions)
 
 
 def grade_edited(images: np.ndarray, questions: Questions) -> Grades:
     """Grade answers [R * N, H, W, 3] to R repetitions of the N edits, one after the other."""
     repetitions = len(images) // len(questions.targets)
-    triples = list(zip(questions.sources * repetitions, images, questions.targets * repetitions, strict=True))
-    right = [scenes.edit_matches(*triple) for triple in triples]
-    return Grades("edit", right, questions.kinds * repetitions, _together(scenes.edit_agreement(*triple) for triple in triples), repetitions)
+    triples = zip(questions.sources * repetitions, images, questions.targets * repetitions, strict=True)
+    return Grades("edit", questions.kinds * repetitions, [scenes.edit_agreement(*triple) for triple in triples], repetitions)
 
 
 def rate_row(task: str, metric: str, verdicts: Sequence[bool], repetitions: int = 1) -> Row:
@@ -68,11 +74,3 @@ def rate_row(task: str, metric: str, verdicts: Sequence[bool], repetitions: int 
 def mean_row(task: str, metric: str, values: Sequence[float]) -> Row:
     """A mean of anything but verdicts."""
     return {"task": task, "metric": metric, "value": float(np.mean(values)), "n": len(values), "low": None, "high": None}
-
-
-def _together(found: Iterable[dict[str, list[bool]]]) -> dict[str, list[bool]]:
-    parts: dict[str, list[bool]] = defaultdict(list)
-    for verdicts in found:
-        for part, values in verdicts.items():
-            parts[part] += values
-    return dict(parts)

@@ -18,7 +18,7 @@ def scene_agreement(image: np.ndarray, wanted: Scene) -> dict[str, list[bool]]:
     """`count`, `background` and `style`: one verdict; each of `ATTRIBUTES`: one for every wanted object, each against the drawn
     object that shares most with it. `binding`: whether colours and shapes stand on the right objects, a verdict only where the
     prompt has two objects or more that differ in both, and all its colours and all its shapes were drawn (the failure that
-    GenEval, arXiv 2310.11513, calls attribute binding)."""
+    GenEval, arXiv 2310.11513, calls attribute binding). All of it together is `matches`."""
     found = read_scene(image).scene
     if found is None:
         missed = {name: [False] * len(wanted.objects) for name in ATTRIBUTES}

@@ -47,6 +47,18 @@ def test_a_missing_object_fails_the_count_and_every_attribute_of_that_object() -
     assert found["count"] == [False] and [found[name] for name in ("colour", "shape", "size", "position")] == [[True, False]] * 4
 
 
+def test_agreement_in_everything_is_the_exact_match_for_right_and_wrong_pictures() -> None:
+    rng, seen = np.random.default_rng(12), []
+    for _ in range(60):
+        wanted = scenes.sample_scene(rng)
+        edited = scenes.apply_edit(wanted, scenes.sample_edit(wanted, rng))
+        for drawn in (wanted, edited, scenes.sample_scene(rng)):
+            image = scenes.render(drawn)
+            seen.append(all(all(verdicts) for verdicts in scenes.scene_agreement(image, wanted).values()))
+            assert seen[-1] == scenes.matches(image, wanted)
+    assert 60 <= sum(seen) < 120
+
+
 def test_of_an_unreadable_picture_nothing_is_right() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert not any(any(verdicts) for verdicts in scenes.scene_agreement(noise, ASKED).values())
