@@ -10,6 +10,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from trainers.export.sensitivity import Feed, Run, mean_square, psnr_db, run_as_written
+from trainers.export.sessions import session
 from trainers.export.weights import products_only
 
 
@@ -63,14 +64,9 @@ def dequantized(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) ->
 
 def _mean_inputs(model: onnx.ModelProto, names: list[str], feed: Feed) -> dict[str, np.ndarray]:
     """Mean over rows and positions of the tensors `names` of `model`, one value a channel (the last axis)."""
-    import onnxruntime
-
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     for name in names:
         probe.graph.output.append(helper.make_empty_tensor_value_info(name))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return {name: value.reshape(-1, value.shape[-1]).mean(axis=0) for name, value in zip(names, session.run(names, feed), strict=True)}
+    values = session(probe).run(names, feed)
+    return {name: value.reshape(-1, value.shape[-1]).mean(axis=0) for name, value in zip(names, values, strict=True)}

@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from trainers.export.prepare import Part
+from trainers.export.quiet import quiet
 
 Weights = Literal["fp16", "int8", "palette6", "palette4"]
 
@@ -232,12 +231,5 @@ def _ports(features: Any) -> dict[str, dict[str, Any]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without progress bars and without the notice that this torch is newer than the one coremltools was tested with."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -4,8 +4,6 @@ The `executorch` extra brings compiler and runtime; nothing here is imported wit
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ from torch import fx, nn
 from torch.fx.traceback import NodeSource
 
 from trainers.export.prepare import Part
-
-Feed = dict[str, np.ndarray]
+from trainers.export.quiet import quiet
+from trainers.export.sensitivity import Feed
 
 MAX_DELEGATES = 6
 """Each hand-over to XNNPACK and back copies its tensors. A UNet whose norms stay outside has hundreds, a prepared one 4."""
@@ -44,7 +42,7 @@ def lower(
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     example = tuple(part.inputs.values())
-    with _quiet(), _shared_provenance(), torch.no_grad():
+    with quiet(), _shared_provenance(), torch.no_grad():
         exported = torch.export.export(part.module.eval(), example, strict=False)
         if feeds:
             calibrated = _quantize(exported.module(), list(part.inputs), feeds, float_layers)
@@ -137,17 +135,3 @@ def _shared_provenance() -> Iterator[None]:
         yield
     finally:
         del NodeSource.__deepcopy__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the compiler's advice to its own developers."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)

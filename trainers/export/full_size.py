@@ -20,6 +20,7 @@ from trainers.export.graphs import save_clean, write_graph
 from trainers.export.prepare import UNET_INPUTS, UNetGraph, VaeDecoderGraph, VaeEncoderGraph
 from trainers.export.quantize import SESSION_OPTIONS, quantize_unet
 from trainers.export.samples import difference
+from trainers.export.sessions import session
 from trainers.export.settings import ExportSettings, Variant
 from trainers.export.weights import to_blocks, to_half
 from trainers.model import OFFICIAL_PARAMETERS, build_unet
@@ -143,18 +144,10 @@ def _shrink_unet(folder: Path, variant: Variant) -> dict[str, float]:
 
 def _call_unet(folder: Path, path: Path, variant: Variant) -> dict[str, float]:
     """Seconds and PSNR of one call against torch's."""
-    import onnxruntime
-
     feed, velocity = _stored_call(folder)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if variant == "int8":
-        for key, value in SESSION_OPTIONS.items():
-            options.add_session_config_entry(key, value)
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    ready = session(path, entries=SESSION_OPTIONS if variant == "int8" else {})
     began = time.perf_counter()
-    found = session.run(None, feed)[0]
+    found = ready.run(None, feed)[0]
     return {"seconds": round(time.perf_counter() - began, 2), "psnr_db": difference(velocity, found)["psnr_db"]}
 
 

@@ -4,13 +4,13 @@ Equal modules give equal bytes: nodes are named by their layer, and nothing of t
 from __future__ import annotations
 
 import ast
-import logging
-import warnings
 from pathlib import Path
 
 import onnx
 import torch
 from torch import Tensor, nn
+
+from trainers.export.quiet import quiet
 
 OPSET = 18
 MAX_BATCH = 63
@@ -24,25 +24,18 @@ def write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path:
     """
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = {name: {0: batch} for name in inputs}
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(module.eval(), (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
-            result = torch.onnx.export(
-                program,
-                (),
-                kwargs=inputs,
-                dynamo=True,
-                input_names=list(inputs),
-                output_names=[output],
-                opset_version=OPSET,
-                verbose=False,
-            )
-    finally:
-        exporter_log.setLevel(level)
+    with quiet("torch.onnx"), torch.no_grad():
+        program = torch.export.export(module.eval(), (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
+        result = torch.onnx.export(
+            program,
+            (),
+            kwargs=inputs,
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=[output],
+            opset_version=OPSET,
+            verbose=False,
+        )
     model = result.model_proto
     _name_nodes_by_layer(model)
     for item in (*model.graph.input, *model.graph.output):

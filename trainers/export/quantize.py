@@ -13,6 +13,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from trainers.export.graphs import save_clean
+from trainers.export.quiet import log_level
 from trainers.export.sensitivity import Feed, first_calls, mix, run_as_written, scan, with_float
 from trainers.export.settings import ExportSettings
 from trainers.export.weights import store_half, store_int8
@@ -48,10 +49,7 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
     if not chosen:
         raise ValueError(f"export.float_layers {list(settings.float_layers)} leaves nothing to quantize in {source}.")
     percentile = settings.calibration_method == "percentile"
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # the quantizer logs advice on pre-processing that does not hold for this graph
-    try:
+    with log_level(logging.ERROR):  # the quantizer logs advice on pre-processing that does not hold for this graph
         quantize_static(
             str(source),
             str(target),
@@ -64,8 +62,6 @@ def quantize_unet(source: Path, target: Path, feeds: list[Feed], settings: Expor
             calibrate_method=CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax,
             extra_options={"CalibPercentile": settings.calibration_percentile} if percentile else {},
         )
-    finally:
-        root.setLevel(level)
     quantized, scanned, back, reached = _mixed(onnx.load(target), model, chosen, feeds, settings, source.stat().st_size)
     store_int8(quantized, kept)
     share = _int8_share(quantized)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
+from trainers.export.sessions import session
 from trainers.export.weights import drop_unused
 
 BLOCK = re.compile(r"^(.*?(?:resnets|attentions|downsamplers|upsamplers)\.\d+)")
@@ -31,11 +31,7 @@ def first_calls(feeds: list[Feed], rows: int) -> Feed:
 
 def run_as_written(model: onnx.ModelProto, feed: Feed) -> np.ndarray:
     """Velocity of a graph that is not saved, with its Q/DQ pairs computed as written: what int8 costs, free of a kernel's own faults."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+    return session(model, as_written=True).run(None, feed)[0]
 
 
 def blocks(nodes: Iterable[str]) -> dict[str, list[str]]:

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from trainers.export.quiet import log_level
+
 CLOCKS = ("time_proj/",)
 """Layers that stay float32 in half precision: a timestep of 904.53 is 904.5 in fp16, and its sines would be of another time."""
 
@@ -117,13 +119,8 @@ def to_blocks(model: onnx.ModelProto, bits: int, block: int, keep: Iterable[str]
     products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     kept = [name for name in products if any(part in name for part in keep)]
     quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=block, is_symmetric=True, nodes_to_exclude=kept)
-    log = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
-    level = log.level
-    log.setLevel(logging.WARNING)  # it tells of every node that it looks at
-    try:
+    with log_level(logging.WARNING, "onnxruntime.quantization.matmul_nbits_quantizer"):  # it tells of every node that it looks at
         quantizer.process()
-    finally:
-        log.setLevel(level)
     model.CopyFrom(quantizer.model.model)
     drop_unused(model)
     return [name for name in products if name not in kept]
