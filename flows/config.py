@@ -65,7 +65,6 @@ class PipelineConfig(BaseModel):
                 raise ValueError(f"gates: '{gate.compared_to}' must come before '{gate.after}'")
         return self
 
-
     @model_validator(mode="after")
     def _stages_have_a_start(self) -> PipelineConfig:
         if not self.stages:
@@ -78,11 +77,6 @@ class PipelineConfig(BaseModel):
             if gate.compared_to in left_out and gate.after not in left_out:
                 raise ValueError(f"gates: '{gate.after}' is compared with '{gate.compared_to}', whose stage is null; compare with another")
         return self
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages that are trained, in order."""
-        return tuple(stage for stage in STAGES if getattr(self.train, stage) is not None)
 
     @model_validator(mode="after")
     def _judged_on_a_split_that_is_there(self) -> PipelineConfig:
@@ -100,6 +94,11 @@ class PipelineConfig(BaseModel):
                     f"train.{stage}.size_phases ends at {phases[-1].size_px} px, but model.size_px is {self.model.size_px}: end with that size"
                 )
         return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are trained, in order."""
+        return tuple(stage for stage in STAGES if getattr(self.train, stage) is not None)
 
     @property
     def judging(self) -> EvaluateSettings:

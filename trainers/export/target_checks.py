@@ -16,6 +16,7 @@ from trainers.export.verify import Check
 PACKAGES = {"coreml": ("coremltools",), "executorch": ("executorch", "torchao")}
 """Packages of each target's extra, which has the target's name."""
 
+
 class ProgramRunner(Runner):
     """The bundle's own loop with ExecuTorch programs in place of its ONNX graphs; needs torch, unlike its base."""
 
