@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
-CAPTIONS = (".txt", ".caption")
 TABLES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "jsonl", ".parquet": "parquet"}
 MAPPINGS = {"generate": "image_text", "edit": "triplets"}
 """What the columns of a table are taken to mean where --mapping does not say."""
 STAGE = "sft"
 SIZE_FILES = ("dreamlite.json", "unet/config.json", "vae/config.json")
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 Task = Literal["generate", "edit"]
 
@@ -110,12 +108,13 @@ def _kind_of(path: Path, task: Task) -> str:
 
 
 def _check_captions(folder: Path) -> None:
+    from dreamlite_data.sources.base import CAPTION_SUFFIXES
     from flows.config import ConfigError
 
     images = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGES]
     if not images:
         raise ConfigError(f"{folder} holds no images ({', '.join(sorted(IMAGES))}): give the folder that does")
-    bare = [file for file in images if not any(file.with_suffix(suffix).is_file() for suffix in CAPTIONS)]
+    bare = [file for file in images if not any(file.with_suffix(f".{suffix}").is_file() for suffix in CAPTION_SUFFIXES)]
     first = f"{bare[0].name} has no {bare[0].stem}.txt beside it" if bare else ""
     if len(bare) == len(images):
         raise ConfigError(f"none of the {len(images)} images in {folder} has a caption, for one {first}: write what each shows into such a file")
@@ -139,7 +138,9 @@ def own_size_px(model: str) -> int:
     try:
         if (folder / "dreamlite.json").is_file():
             return int(json.loads((folder / "dreamlite.json").read_text())["size_px"])
-        scale = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["encoder_block_out_channels"]) - 1)
+        from trainers.model import latent_scale
+
+        scale = latent_scale(json.loads((folder / "vae" / "config.json").read_text()))
         return int(json.loads((folder / "unet" / "config.json").read_text())["sample_size"]) * scale
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--from: {folder} is no checkpoint in diffusers layout ({type(error).__name__}: {error})") from None
@@ -152,6 +153,8 @@ def _absolute(model: str) -> str:
 
 def deliver(run: Run, output: Path) -> None:
     """Put the adapter and the pictures into `output` and say how they are used."""
+    from trainers.lora import ADAPTER_FILE
+
     output.mkdir(parents=True, exist_ok=True)
     adapter = shutil.copyfile(run.records[STAGE].path("adapter") / ADAPTER_FILE, output / ADAPTER_FILE)
     for name, file in run.records["pictures"].outputs["paths"].items():

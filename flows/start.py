@@ -11,8 +11,6 @@ from flows.step import Edge, Step, StepContext, StepResult, step_id
 from trainers.settings import StartSettings
 
 START = "start"
-MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "processor", "scheduler")
-"""What a UNet was trained with and cannot work without."""
 HUB_TIMEOUT_S = 10.0
 
 
@@ -20,11 +18,12 @@ def start_step(settings: StartSettings) -> Step:
     """Check the checkpoint, state its facts and link its weights."""
 
     def run(ctx: StepContext) -> StepResult:
+        from trainers.model import PARTS
         from trainers.start import import_checkpoint
 
         checkpoint, own_id = ctx.directory / "checkpoint", step_id(START, ctx.key)
         facts = import_checkpoint(settings, checkpoint)
-        parts = {part: folder_digest(checkpoint / part) for part in MODEL_PARTS}
+        parts = {part: folder_digest(checkpoint / part) for part in PARTS}
         weights = facts.pop("weights")
         content = digest([parts, folder_digest(checkpoint / "unet"), facts, weights["licence"], weights["derived_from_release"]])
         # Named one by one because the folders are links: a checkpoint that was moved away must be missed.
@@ -65,8 +64,10 @@ def checkpoint_digest(model: str) -> str:
 
 def join_parts(checkpoint: Path, parts: Path, target: Path) -> Path:
     """A components folder with the model's parts of a checkpoint and the rewards of a parts folder, all of them links."""
+    from trainers.model import PARTS
+
     target.mkdir(parents=True, exist_ok=True)
-    for name, folder in [*((part, checkpoint / part) for part in MODEL_PARTS), ("rewards", parts / "rewards")]:
+    for name, folder in [*((part, checkpoint / part) for part in PARTS), ("rewards", parts / "rewards")]:
         (target / name).unlink(missing_ok=True)
         (target / name).symlink_to(folder.resolve(), target_is_directory=True)
     return target

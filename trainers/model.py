@@ -18,6 +18,7 @@ from trainers.settings import ModelSettings
 
 OFFICIAL_PARAMETERS = 389_968_388
 PARTS = ("vae", "text_encoder", "tokenizer", "processor", "scheduler")
+"""What a UNet was trained with and cannot work without; each is a folder of a checkpoint."""
 FACTS_FILE = "dreamlite.json"
 
 
@@ -102,6 +103,16 @@ def load_vae(folder: Path) -> AutoencoderTiny:
 def latent_scale(vae_config: Mapping[str, Any]) -> int:
     """Pixels a latent cell is wide: 8 for the released VAE and for the small world's."""
     return 2 ** (len(vae_config["encoder_block_out_channels"]) - 1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint; raises ValueError with its name where it is missing or not valid."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the checkpoint is not whole") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
 
 
 def load_facts(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Its weights are linked, not copied; where they come from and under which licence
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dreamlite_data.rewards.hub import HubModel, fetch, parse_model
-from dreamlite_data.rewards.stored import RewardCheckpointError, read_headers
+from dreamlite_data.rewards.stored import RewardCheckpointError, read_headers, shards
 from trainers.conditioning import HiddenState, check_drop_lengths, encoder_grid_px
 from trainers.export.settings import RELEASE_LICENCE
 from trainers.flow import SCHEDULER_CONFIG
-from trainers.model import FACTS_FILE, latent_scale, load_facts, write_facts
+from trainers.model import FACTS_FILE, latent_scale, load_facts, read_json, write_facts
 from trainers.processor import SquareImageProcessor
 from trainers.settings import StartSettings
 
@@ -56,7 +55,7 @@ def import_checkpoint(settings: StartSettings, output: Path) -> dict[str, Any]:
     source, origin = find_checkpoint(settings.checkpoint)
     _check_parts(source)
     config = _check_unet(source)
-    vae, encoder = _read_json(source / "vae" / "config.json"), _read_json(source / "text_encoder" / "config.json")
+    vae, encoder = read_json(source / "vae" / "config.json"), read_json(source / "text_encoder" / "config.json")
     width = encoder.get("text_config", encoder).get("hidden_size")
     if config.get("encoder_hid_dim") != width:
         raise ValueError(f"{source}: the UNet reads states of width {config.get('encoder_hid_dim')}, but its text encoder's are {width} wide")
@@ -130,7 +129,7 @@ def _check_parts(source: Path) -> None:
             what = f"weights as a pickle ({pickled[0]}), which can run code" if pickled else "no weights"
             raise ValueError(f"{source / part} holds {what}: save them as safetensors ({WEIGHTS[part]}.safetensors)")
     index = source / "model_index.json"
-    if index.is_file() and _read_json(index).get("_class_name") == "DreamLiteMobilePipeline":
+    if index.is_file() and read_json(index).get("_class_name") == "DreamLiteMobilePipeline":
         raise ValueError(
             f"{source} is a distilled model: its network steps to images and is no velocity to train on. Start from the base model it was "
             "distilled from; an adapter trained there loads into it too"
@@ -141,14 +140,14 @@ def _weight_files(source: Path, part: str) -> list[Path]:
     whole = source / part / f"{WEIGHTS[part]}.safetensors"
     index = whole.with_name(whole.name + ".index.json")
     if index.is_file():
-        return [source / part / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        return [index.parent / name for name in shards(index)]
     return [whole] if whole.is_file() else []
 
 
 def _check_unet(source: Path) -> dict[str, Any]:
     """Its configuration, after a look at the headers of its weights: diffusers would draw a missing tensor at random without a word."""
     path = source / "unet" / "config.json"
-    config = {name: value for name, value in _read_json(path).items() if not name.startswith("_")}
+    config = {name: value for name, value in read_json(path).items() if not name.startswith("_")}
     known = set(inspect.signature(DreamLiteUNetModel.__init__).parameters) - {"self"}
     if unknown := sorted(config.keys() - known):
         raise ValueError(f"{path} sets {', '.join(unknown)}, which DreamLiteUNetModel of this diffusers does not know: it is another network")
@@ -167,7 +166,7 @@ def _check_unet(source: Path) -> dict[str, Any]:
 
 def _check_scheduler(source: Path) -> None:
     path = source / "scheduler" / "scheduler_config.json"
-    stated, defaults = _read_json(path), inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    stated, defaults = read_json(path), inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     for name, value in SCHEDULER_CONFIG.items():
         found = stated.get(name, defaults[name].default)
         if found != value and name != "shift":  # the static shift is not read where the shift is dynamic
@@ -207,12 +206,3 @@ def _size_px(source: Path, stated: dict[str, Any], settings: StartSettings, conf
     if not size or size % step:
         raise ValueError(f"{source} works on sides that are multiples of {step} px, not on {size} px: change start.size_px")
     return size
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: the checkpoint is not whole") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None

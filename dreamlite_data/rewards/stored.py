@@ -59,7 +59,7 @@ def weight_files(model_dir: Path) -> list[Path]:
         raise RewardCheckpointError(f"{model_dir} is not a directory; give the folder that holds the reward checkpoint")
     index = model_dir / INDEX_FILE
     if index.exists():
-        return [model_dir / name for name in _shards(index)]
+        return [model_dir / name for name in shards(index)]
     for pattern in ("*.safetensors", "*.pth"):
         found = sorted(model_dir.glob(pattern))
         if len(found) > 1:
@@ -72,7 +72,8 @@ def weight_files(model_dir: Path) -> list[Path]:
     raise RewardCheckpointError(f"{model_dir} holds no .safetensors and no .pth file; download the reward weights there")
 
 
-def _shards(index: Path) -> list[str]:
+def shards(index: Path) -> list[str]:
+    """Names of the files that an index of shards lists, each a plain one that is there. Raises RewardCheckpointError."""
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -4,7 +4,6 @@ A fact that is missing or contradicts another stops the export with one sentence
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from trainers.conditioning import EDIT_PROMPT, EDIT_TEMPLATE, ENCODER_INPUT_PX, GENERATE_PROMPT, GENERATE_TEMPLATE, HiddenState
 from trainers.export.schedule import deployed_sigmas
-from trainers.model import latent_scale
+from trainers.model import latent_scale, read_json
 
 FACT_KEYS = ("hidden_state", "size_px", "drop_generate", "drop_edit", "encoder_image_px")
 IMAGE_TOKEN = "<|image_pad|>"
@@ -103,7 +102,7 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
     missing = [part for part in PARTS if not (checkpoint / part).is_dir()]
     if missing:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}/; export needs a complete checkpoint directory.")
-    facts = _read_json(checkpoint / "dreamlite.json")
+    facts = read_json(checkpoint / "dreamlite.json")
     absent = [key for key in FACT_KEYS if key not in facts]
     if absent:
         raise ValueError(f"{checkpoint / 'dreamlite.json'} lacks {', '.join(absent)}; save the checkpoint again to add it.")
@@ -115,14 +114,14 @@ def read_source(checkpoint: Path, steps: int | None = None) -> Source:
         raise ValueError(
             f"{checkpoint / 'dreamlite.json'} says hidden_state '{facts['hidden_state']}'; known are pre_norm and post_norm."
         )
-    scheduler = _read_json(checkpoint / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(checkpoint / "scheduler" / "scheduler_config.json")
     if not scheduler.get("use_dynamic_shifting") or scheduler.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(
             f"{checkpoint / 'scheduler'} does not use exponential dynamic shifting, which the mobile student is "
             "distilled for; use a scheduler with use_dynamic_shifting: true."
         )
-    vae = _read_json(checkpoint / "vae" / "config.json")
-    encoder = _read_json(checkpoint / "text_encoder" / "config.json")
+    vae = read_json(checkpoint / "vae" / "config.json")
+    encoder = read_json(checkpoint / "text_encoder" / "config.json")
     scale = latent_scale(vae)
     size = int(facts["size_px"])
     if size % (2 * scale):
@@ -150,7 +149,7 @@ def _read_vision(checkpoint: Path, stated_px: int) -> Vision:
     path = next((folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} holds no preprocessor_config.json or processor_config.json.")
-    config = _read_json(path)
+    config = read_json(path)
     config = config.get("image_processor", config)
     bounds = config["size"]
     factor = config["patch_size"] * config["merge_size"]
@@ -169,12 +168,3 @@ def _read_vision(checkpoint: Path, stated_px: int) -> Vision:
         mean=tuple(config["image_mean"]),
         std=tuple(config["image_std"]),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; export needs a complete checkpoint directory.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from None
