@@ -34,7 +34,7 @@ class NetworkCost:
 
 def unet_cost(config: Mapping[str, Any], side: int, dtype: torch.dtype = torch.bfloat16) -> NetworkCost:
     """Of the UNet with this diffusers config on a pair of panels of side x side latents, activations in `dtype`."""
-    return _unet_cost(json.dumps(dict(config), sort_keys=True), side, dtype)
+    return _unet_cost(_key(config), side, dtype)
 
 
 @functools.lru_cache
@@ -56,7 +56,7 @@ def _unet_cost(config: str, side: int, dtype: torch.dtype) -> NetworkCost:
 
 def forward_flops(config: Mapping[str, Any], side: int) -> float:
     """Floating point operations of one forward pass of that UNet for one sample, counted once in a process."""
-    return _forward_flops(json.dumps(dict(config), sort_keys=True), side)
+    return _forward_flops(_key(config), side)
 
 
 @functools.lru_cache
@@ -66,6 +66,11 @@ def _forward_flops(config: str, side: int) -> float:
         with FlopCounterMode(display=False) as counter:
             network(**inputs)
     return float(counter.get_total_flops())
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    # What a loaded network adds to its configuration (where it came from, as a Path) says nothing of its cost.
+    return json.dumps({name: value for name, value in config.items() if not name.startswith("_")}, sort_keys=True)
 
 
 def _unet(config: Mapping[str, Any], side: int, dtype: torch.dtype) -> tuple[DreamLiteUNetModel, dict[str, Any]]:

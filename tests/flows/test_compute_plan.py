@@ -3,6 +3,8 @@ No GPU, no weights, no data."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -36,6 +38,11 @@ def stages(paper) -> dict:
 @pytest.mark.parametrize(("side", "tflop"), [(32, 0.158), (64, 0.640), (128, 2.822)])
 def test_a_forward_pass_of_the_official_network_costs_what_was_published(paper, side: int, tflop: float) -> None:
     assert forward_flops(unet_config(paper.model, 2048, side), side) / 1e12 == pytest.approx(tflop, rel=2e-3)
+
+
+def test_where_a_network_was_loaded_from_does_not_change_its_cost(paper) -> None:
+    config = unet_config(paper.model, 2048, 32)
+    assert forward_flops(config | {"_name_or_path": Path("a checkpoint")}, 32) == forward_flops(config, 32)
 
 
 def test_memory_of_the_official_network(network: Network, stages: dict) -> None:
