@@ -14,8 +14,8 @@ import torch
 
 from dreamlite_data.rewards.plan import GPUS, USABLE_MEMORY
 from trainers.flow import deployed_sigmas, steps_within
-from trainers.network_cost import NetworkCost, decoder_cost, forward_flops, unet_cost
-from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
+from trainers.network_cost import NetworkCost, adapter_parameters, decoder_cost, forward_flops, unet_cost
+from trainers.settings import DMD2Settings, LoraSettings, ReFLSettings, SupervisedSettings
 
 StageSettings = SupervisedSettings | ReFLSettings | DMD2Settings
 
@@ -25,7 +25,7 @@ ADAM_BYTES = 8
 GRADIENT_COPIES = 2
 """The sum over micro-batches, and the gradient of the one that is being added."""
 BACKWARD = 2
-"""Work of a backward pass in forward passes; of one to the inputs alone, half of it."""
+"""Work of a backward pass in forward passes; of one to the inputs alone, as below an adapter, half of it."""
 LATENT_BYTES = 2
 STATE_BYTES = 2
 
@@ -84,6 +84,10 @@ class Network:
         """Of one sample at a size, by default the model's own."""
         return unet_cost(self.config, (size_px or self.size_px) // self.latent_px, getattr(torch, precision))
 
+    def trained_parameters(self, lora: LoraSettings | None) -> int:
+        """Parameters that one trained copy of the UNet has of its own: all, or those of its adapter."""
+        return self.unet().parameters if lora is None else adapter_parameters(self.config, lora)
+
     def decoder(self, precision: str = "bfloat16") -> NetworkCost:
         """Of one image at the model's size."""
         return decoder_cost(self.decoder_channels, self.decoder_blocks, self.size_px // self.latent_px, getattr(torch, precision))
@@ -130,19 +134,20 @@ def peak_flops() -> float | None:
 def forwards_per_sample(settings: StageSettings, side: int) -> float:
     """Work of the UNets for one sample of a global batch, in forward passes of one UNet; recomputation is not counted.
 
-    supervised: forward and backward, 3. ReFL: a guided rollout to the drawn step, 3 for that step, 1 for the frozen start model.
+    supervised: forward and backward, 3; with an adapter 2, since frozen weights need no gradient. ReFL: a guided rollout to the drawn step, 3 for that step, 1 for the frozen start model.
     DMD2: the student's own steps and 3 with gradient, guided teacher and fake score; and `fake_steps` times its own steps,
     a clean estimate and 3 for the fake. Half of the rows are edits, which have one guidance branch more.
     """
+    with_gradient = 1 + (BACKWARD if settings.lora is None else BACKWARD / 2)
     if isinstance(settings, SupervisedSettings):
-        return 1 + BACKWARD
+        return with_gradient
     if isinstance(settings, ReFLSettings):
         exits = steps_within(deployed_sigmas(settings.rollout_steps, side, side), settings.sigma_low, settings.sigma_high)
         rollout = sum(exits) / max(1, len(exits)) * _branches(settings)
-        return rollout + 1 + BACKWARD + 1
+        return rollout + with_gradient + 1
     own_steps = (settings.student_steps - 1) / 2
-    student = own_steps + 1 + BACKWARD + _branches(settings) + 1
-    return student + settings.fake_steps * (own_steps + 1 + 1 + BACKWARD)
+    student = own_steps + with_gradient + _branches(settings) + 1
+    return student + settings.fake_steps * (own_steps + 1 + with_gradient)
 
 
 def _branches(settings: ReFLSettings | DMD2Settings) -> float:
@@ -191,8 +196,10 @@ def _memory_row(name: str, settings: StageSettings, network: Network, cluster: C
     )
     unet = network.unet(phase.size_px, settings.precision)
     weights = unet.parameters * FLOAT32_BYTES
+    own = network.trained_parameters(settings.lora) * FLOAT32_BYTES
     trained = 2 if isinstance(settings, DMD2Settings) else 1  # the student and the fake score
-    frozen = 0 if isinstance(settings, SupervisedSettings) else weights  # the teacher, or the start model
+    # Adapters, and the teacher or start model that has none, stand on one copy of the frozen weights.
+    frozen = weights if settings.lora is not None or not isinstance(settings, SupervisedSettings) else 0
     reward, plain, checkpointed = 0.0, unet.activation_bytes, unet.checkpointed_bytes
     if isinstance(settings, ReFLSettings):
         reward = sum(parameters for parameters, _, _ in REWARDS.values()) * 2 / (cluster.count if shard_rewards else 1)
@@ -201,8 +208,8 @@ def _memory_row(name: str, settings: StageSettings, network: Network, cluster: C
         plain += decoded + reward_activation_bytes(longest)
         checkpointed += decoded + reward_activation_bytes(longest, checkpointed=True)
     parts = {
-        "weights": trained * weights, "gradients": GRADIENT_COPIES * weights, "optimizer": trained * unet.parameters * ADAM_BYTES,
-        "ema": weights, "frozen": frozen, "rewards": reward,
+        "weights": trained * own, "gradients": GRADIENT_COPIES * own, "optimizer": trained * own * ADAM_BYTES / FLOAT32_BYTES,
+        "ema": own, "frozen": frozen, "rewards": reward,
     }  # fmt: skip
     held, rows = sum(parts.values()), phase.micro_batch
     fits = "no: not one sample"
@@ -242,7 +249,7 @@ def disk_rows(stages: Mapping[str, StageSettings], network: Network, rows: Mappi
     parameters = network.unet().parameters
     for name, settings in stages.items():
         trained = 2 if isinstance(settings, DMD2Settings) else 1
-        state = parameters * (trained * (FLOAT32_BYTES + ADAM_BYTES) + FLOAT32_BYTES)
+        state = network.trained_parameters(settings.lora) * (trained * (FLOAT32_BYTES + ADAM_BYTES) + FLOAT32_BYTES)
         found.append({"what": f"{name}: resume state (twice while it is replaced)", "gb": 2 * state / 1e9})
         found.append({"what": f"{name}: checkpoint", "gb": (parameters * FLOAT32_BYTES + frozen) / 1e9})
     return [*found, {"what": "all", "gb": sum(row["gb"] for row in found)}]

@@ -16,6 +16,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainers.lora import add_lora, trainable
+from trainers.settings import LoraSettings
+
 PLANNED_TOKENS = 100
 """Prompt states that a sample is planned with: the length that the published figures of the network's cost were counted at."""
 
@@ -52,6 +55,19 @@ def _unet_cost(config: str, side: int, dtype: torch.dtype) -> NetworkCost:
         kept.bytes,
         between_blocks.bytes + max(largest, default=0),
     )
+
+
+def adapter_parameters(config: Mapping[str, Any], settings: LoraSettings) -> int:
+    """Parameters of a LoRA adapter on the UNet with this config; raises ValueError where the settings name no layer of it."""
+    return _adapter_parameters(_key(config), settings)
+
+
+@functools.lru_cache
+def _adapter_parameters(config: str, settings: LoraSettings) -> int:
+    with torch.device("meta"):
+        network, _ = _unet(json.loads(config), 1, torch.float32)
+        add_lora(network, settings, seed=0)
+    return sum(parameter.numel() for parameter in trainable(network))
 
 
 def forward_flops(config: Mapping[str, Any], side: int) -> float:

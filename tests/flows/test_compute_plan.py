@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.config import load_config
 from trainers.compute import Cluster, Network, disk_rows, flops_per_sample, forwards_per_sample, memory_rows, work_rows
-from trainers.model import OFFICIAL_PARAMETERS, unet_config
-from trainers.network_cost import forward_flops
-from trainers.settings import DMD2Settings, SupervisedSettings
+from trainers.lora import add_lora
+from trainers.model import OFFICIAL_PARAMETERS, build_unet, unet_config
+from trainers.network_cost import adapter_parameters, forward_flops
+from trainers.settings import DMD2Settings, LoraSettings, ModelSettings, SupervisedSettings
 
 STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
 
@@ -62,6 +63,24 @@ def test_memory_of_the_official_network(network: Network, stages: dict) -> None:
     assert Cluster.of("l4", 1, 0.28).gpu == "L4", "and not the L40S, whose name begins alike"
     small = {row["stage"]: row["fits"] for row in memory_rows(stages, network, Cluster.of("l4", 1, 0.28))}
     assert rows["t2i"]["fits"] == "yes" and small["refl"].startswith("no")
+
+
+def test_an_adapter_is_planned_as_what_it_trains(network: Network) -> None:
+    whole = DMD2Settings(steps=1, batch=1)
+    adapted = whole.model_copy(update={"lora": LoraSettings(rank=4, target_modules=("to_q",))})
+    unet = build_unet(ModelSettings(), 64, 8)
+    add_lora(unet, adapted.lora, 0)
+    own = adapter_parameters(unet.config, adapted.lora)
+    assert own == sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    small = Network(unet.config, 64)
+    (memory,) = memory_rows({"dmd2": adapted}, small, Cluster())
+    (disk,) = [row["gb"] for row in disk_rows({"dmd2": adapted}, small, {"generate": 0, "edit": 0}, None) if "resume" in row["what"]]
+    assert {part: memory[f"{part}_gb"] * 1e9 / own for part in ("weights", "gradients", "optimizer", "ema")} == pytest.approx(
+        {"weights": 2 * 4, "gradients": 2 * 4, "optimizer": 2 * 8, "ema": 4}
+    )
+    assert memory["frozen_gb"] * 1e9 == 4 * small.unet().parameters, "student, fake score and teacher share it"
+    assert disk * 1e9 == pytest.approx(2 * own * (2 * 12 + 4))
+    assert forwards_per_sample(adapted, 8) == forwards_per_sample(whole, 8) - 1 - whole.fake_steps
 
 
 def test_passes_of_a_sample_follow_from_the_algorithms() -> None:
