@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PRESET ?= mini
 LAKE ?= lake
+MARK ?= not benchmark and not thorough
 BIN := .venv/bin
 
 .PHONY: help venv retrain test test-thorough bench lint clean
@@ -23,7 +24,7 @@ retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|pap
 PYTEST := $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 test: venv       ## the fast tests: everything but the thorough ones and benchmarks
-	$(PYTEST) -m "not benchmark and not thorough"
+	$(PYTEST) -m "$(MARK)"
 
 test-thorough: venv ## whole refreshes and exports again: other executors, other task sizes, kills
 	$(PYTEST) -m thorough
