@@ -76,7 +76,7 @@ def test_a_lake_of_an_older_schema_gets_the_new_columns_and_keeps_its_rows(tmp_p
 def test_three_processes_committing_at_once_lose_nothing(tmp_path: Path) -> None:
     Lake(tmp_path).close()
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, "8"]) for name in "abc"]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(timeout=600) for writer in writers] == [0, 0, 0]
     lake = Lake(tmp_path, read_only=True)
     counts = lake.query("SELECT run_id, count(DISTINCT position) AS n FROM metrics GROUP BY ALL ORDER BY ALL").to_pylist()
     assert counts == [{"run_id": name, "n": 8} for name in "abc"]

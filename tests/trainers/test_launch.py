@@ -1,4 +1,4 @@
-"""A stage trained where the execution settings say, from a real lake: in this process, and by two workers of Ray Train.
+"""A stage trained where the execution settings say, from a real lake: in this process, by two of torchrun, and by two workers of Ray Train.
 The weights differ by the rounding of a sum, and what cannot run is refused before anything starts."""
 
 from __future__ import annotations
@@ -54,6 +54,20 @@ def request(root: Path, components: Path, output: Path, **execution: object) -> 
 def furthest(left: Path, right: Path) -> float:
     one, two = (load_unet(output / "checkpoint").state_dict() for output in (left, right))
     return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.thorough
+def test_two_processes_of_torchrun_train_what_this_one_does_and_name_what_failed(root: Path, components: Path, tmp_path: Path) -> None:
+    execution = {"runner": "torchrun", "workers": 2, "max_failures": 0}
+    together = request(root, components, tmp_path / "together", **execution)
+    with Lake(root, read_only=True) as lake:
+        alone = train(request(root, components, tmp_path / "alone"), lake)
+        answer = train(together, lake)
+        assert answer["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert 0 < furthest(tmp_path / "alone", tmp_path / "together") < 1e-6, "equal to the bit would mean that nothing was shared"
+        broken = request(root, components, tmp_path / "broken", **execution).model_copy(update={"datasets": {"t2i": 2}})
+        with pytest.raises(RuntimeError, match="stage 't2i' failed under torchrun: .*t2i.*torchrun.log"):
+            train(broken, lake)
 
 
 @pytest.mark.thorough

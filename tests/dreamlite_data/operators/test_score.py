@@ -223,7 +223,7 @@ def test_two_processes_give_the_bytes_of_one(scored, unscored, tmp_path):
     assert scores_of(lake) == scores_of(scored)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_actor_on_a_gpu_gives_the_bytes_of_one_process(scored, unscored, tmp_path, monkeypatch):
     import ray
 
