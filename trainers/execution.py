@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from dreamlite_data.strict_settings import StrictSettings
 
+Device = Literal["auto", "cpu", "cuda"]
+"""What a process computes on; auto takes a GPU where torch sees one. `trainers.device` says which."""
+
 
 class TrainExecution(StrictSettings):
     """How the training steps run. Each process takes its share of every global batch, whose size stays that of the recipe."""
