@@ -120,7 +120,8 @@ def train_stage(
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):
-        rewards = {task: load_reward(components / "rewards" / task, device) for task in ("generate", "edit")}
+        narrow = getattr(torch, settings.precision)  # as `compute` counts them: two 7 B backbones in float32 fill an 80 GB GPU
+        rewards = {task: load_reward(components / "rewards" / task, device, narrow) for task in ("generate", "edit")}
         seconds = {task: load_scorer(second.kind, second.model, device) for task, second in settings.second_scorers.items()}
         for reward in rewards.values():
             if execution.gradient_checkpointing:

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from flows.config import ExecSettings
 from tests.trainers.synthetic import caption_lake
-from trainers import launch, parallel
+from trainers import launch, parallel, stages
 from trainers.device import use_device
 from trainers.distributed import backend
 from trainers.execution import TrainExecution
-from trainers.settings import ModelSettings, SupervisedSettings
+from trainers.settings import ModelSettings, ReFLSettings, SupervisedSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +79,23 @@ def test_a_gpu_is_driven_by_one_thread_and_summed_over_by_nccl() -> None:
     assert parallel.use_threads(3) == 3 and parallel._pool is not None
     assert parallel.use_threads(3, torch.device("cuda", 0)) == 1 and parallel._pool is None
     assert backend("cuda") == "cpu:gloo,cuda:nccl" and backend("cpu") == "gloo"
+
+
+def test_reward_models_are_loaded_in_the_precision_of_the_recipe(checkpoints, tmp_path, monkeypatch) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load_reward(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        raise Loaded(dtype)
+
+    monkeypatch.setattr(stages, "load_reward", load_reward)
+    monkeypatch.setattr(stages, "TrainingRows", lambda *_, **__: None)
+    for precision in ("float32", "bfloat16"):
+        with pytest.raises(Loaded, match=f"torch.{precision}"):
+            stages.train_stage(
+                "refl", ReFLSettings(steps=1, precision=precision), ModelSettings(), components=checkpoints["base"], parent=checkpoints["base"],
+                lake=None, datasets={"rl": 1}, output=tmp_path, seed=0,
+            )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
