@@ -3,7 +3,6 @@ Registered with torch as its backend for further devices (PrivateUse1), once a p
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ reads: list[str] = []
 
 
 class PretendedTensor(torch.Tensor):
-    """A tensor of the pretended device. It computes with the CPU's kernels: forward passes are the CPU's bit for bit. In backward
-    passes torch takes for tensors of any class but its own other, equal formulas of a few operations (such as SiLU)."""
+    """A tensor of the pretended device. It computes with the CPU's kernels, so results are the CPU's bit for bit: but for the
+    backward pass of `torch.nn.functional.silu`, which torch writes out for tensors of any class but its own."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -59,19 +58,17 @@ class PretendedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        kwargs = kwargs or {}
+        values = tree_leaves((args, kwargs))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
         own = {id(value.held): value for value in tensors if isinstance(value, cls)}
         strangers = [value for value in tensors if not isinstance(value, cls) and value.ndim]  # a number may come from the CPU
         if strangers and (operation not in TAKES_OTHERS or (operation != aten.copy_.default and args[0] is strangers[0])):
             shapes = ", ".join(str(list(value.shape)) for value in strangers)
             raise RuntimeError(f"{operation}: a tensor {shapes} on the CPU meets one on {DEVICE}")
-        wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else DEVICE
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("cpu")
-        leaves = wanted.type == "cpu" or (operation == aten.copy_.default and not isinstance(args[0], cls))
+        leaves = any(isinstance(value, torch.device) and value.type == "cpu" for value in values) or (operation == aten.copy_.default and not isinstance(args[0], cls))
         if leaves or operation in READS or (operation == aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1])):
-            reads.append(f"{threading.current_thread().name} {operation}")
+            reads.append(str(operation))
         result = operation(*tree_map(_held, args), **tree_map(_held, kwargs))
         if operation == aten.copy_.default:
             return args[0]
@@ -90,6 +87,9 @@ class PretendedTensor(torch.Tensor):
 
 
 def _held(value: Any) -> Any:
+    """What the CPU computes with in place of a value."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
     return value.held if isinstance(value, PretendedTensor) else value
 
 
@@ -105,9 +105,15 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
     return target
 
 
+def _local_scalar_dense(source: PretendedTensor) -> float:
+    reads.append("_local_scalar_dense")
+    return source.held.item()
+
+
 _library = torch.library.Library("aten", "IMPL")
 for _operation in (
     aten.empty.memory_format, aten.empty_strided.default, aten.arange.default, aten.arange.start, aten.arange.start_step,
 ):  # fmt: skip
     _library.impl(_operation.name().removeprefix("aten::"), _factory(_operation), "PrivateUse1")
-_library.impl("_copy_from", _copy_from, "PrivateUse1")  # what `torch.tensor(..., device=...)` calls
+for _kernel in (_copy_from, _local_scalar_dense):  # `torch.tensor(..., device=...)` calls them past `__torch_dispatch__`
+    _library.impl(_kernel.__name__, _kernel, "PrivateUse1")
