@@ -144,7 +144,7 @@ class Cases:
             supervised.keyed_normal = moved
 
 
-CASES = ("adamw", "muon", "adapter", "refl", "dmd2", "two_branches", "three_branches", "evaluation", "stage")
+CASES = ("two_branches", "three_branches", "evaluation", "stage", "adamw", "muon", "adapter", "refl", "dmd2")
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
