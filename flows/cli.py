@@ -182,9 +182,10 @@ def generate(
 
         go_offline()
         folder = _find_checkpoint(lake, checkpoint)
+        from trainers.device import use_device
         from trainers.stages import generate_images
 
-        _save(generate_images(folder, prompt, seed=seed, **_given(steps=steps)), output, "generated")
+        _save(generate_images(folder, prompt, seed=seed, device=use_device(), **_given(steps=steps)), output, "generated")
 
 
 @app.command()
@@ -203,11 +204,12 @@ def edit(
 
         go_offline()
         folder = _find_checkpoint(lake, checkpoint)
+        from trainers.device import use_device
         from trainers.stages import edit_images
 
         with Image.open(image) as opened:
             source = opened.convert("RGB")
-        _save(edit_images(folder, [source], [instruction], seed=seed, **_given(steps=steps)), output, "edited")
+        _save(edit_images(folder, [source], [instruction], seed=seed, device=use_device(), **_given(steps=steps)), output, "edited")
 
 
 def _given(**options: Any) -> dict[str, Any]:

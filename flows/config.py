@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dreamlite_data.settings import RefreshSettings
 from flows.gates import Gate
-from trainers.execution import TrainExecution
+from trainers.execution import Device, TrainExecution
 from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, StartSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -33,8 +33,18 @@ class ExecSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     threads: int | None = Field(None, ge=1, description="threads that share a batch on CPUs; None takes one for each processor")
+    device: Device = Field("auto", description="of training, drawing and judging: auto takes a GPU where torch sees one, else the CPU")
     train: TrainExecution = Field(default_factory=TrainExecution, description="processes of the training steps")
     engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
+
+    @model_validator(mode="after")
+    def _device_is_set_aside(self) -> ExecSettings:
+        on_ray, gpus = self.train.runner == "ray", self.train.gpus_per_worker
+        if on_ray and self.device == "cuda" and not gpus:
+            raise ValueError("exec.device is cuda, but Ray sets no GPU aside for a worker: set exec.train.gpus_per_worker to 1")
+        if on_ray and self.device == "cpu" and gpus:
+            raise ValueError("exec.device is cpu, but exec.train.gpus_per_worker sets a GPU aside for each worker: set it to 0 or exec.device to auto")
+        return self
 
 
 class PipelineConfig(BaseModel):

@@ -69,9 +69,11 @@ def pictures_step(config: PipelineConfig, stage: str) -> Step:
         from PIL import Image
 
         from trainers.before_after import draw_before_after
+        from trainers.device import use_device
         from trainers.parallel import use_threads
 
-        use_threads(config.exec.threads)
+        device = use_device(config.exec.device)
+        use_threads(config.exec.threads, device)
         pictures: dict[str, Path] = {}
         metrics: dict[str, float] = {}
         rows = training_rows(ctx, names, settings.prompts)
@@ -81,7 +83,7 @@ def pictures_step(config: PipelineConfig, stage: str) -> Step:
             pictures[task] = ctx.directory / f"before_after_{task}.png"
             before, after = ctx.inputs[START].path("checkpoint"), ctx.inputs[stage].path("checkpoint")
             metrics[f"{task}/pixel_difference"] = draw_before_after(
-                before, after, [row["text"] for row in chosen], sources, settings, pictures[task]
+                before, after, [row["text"] for row in chosen], sources, settings, pictures[task], device
             )
         return StepResult(dict(pictures), metrics=metrics)
 

@@ -57,6 +57,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
             stage=stage, settings=settings, model=config.model, components=components_folder(ctx),
             parent=ctx.inputs[parent].path("checkpoint") if parent else None, lake=ctx.lake.root, datasets=versions,
             output=ctx.directory, seed=ctx.seed, threads=config.exec.threads, execution=config.exec.train,
+            device=config.exec.device,
         )  # fmt: skip
         metrics = train(request, ctx.lake)
         checkpoint, adapter, own_id = ctx.directory / "checkpoint", ctx.directory / "adapter", step_id(stage, ctx.key)
@@ -108,14 +109,16 @@ def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None
     """Judge one stage's checkpoint on held-out rows, a distilled one beside its teacher in as few steps."""
 
     def run(ctx: StepContext) -> StepResult:
+        from trainers.device import use_device
         from trainers.parallel import use_threads
         from trainers.stages import evaluate_checkpoint
 
-        use_threads(config.exec.threads)
+        device = use_device(config.exec.device)
+        use_threads(config.exec.threads, device)
         rows = evaluate_checkpoint(
             stage, ctx.inputs[stage].path("checkpoint"), config.judging, components=components_folder(ctx), lake=ctx.lake,
             datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory,
-            teacher=ctx.inputs[teacher].path("checkpoint") if teacher else None,
+            teacher=ctx.inputs[teacher].path("checkpoint") if teacher else None, device=device,
         )  # fmt: skip
         files = {path.stem: path for path in sorted(ctx.directory.glob("*")) if path.suffix in (".png", ".json")}
         return StepResult(files, metrics=as_metrics(rows), rows={"evals": [{**row, "stage": stage} for row in rows]})

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from trainers.data import square
+from trainers.device import CPU
 from trainers.inference import Sampler
 from trainers.settings import EvaluateSettings
 
@@ -20,10 +22,16 @@ LINES = 2
 
 
 def draw_before_after(
-    before: Path, after: Path, texts: Sequence[str], sources: Sequence[Image.Image] | None, settings: EvaluateSettings, path: Path
+    before: Path,
+    after: Path,
+    texts: Sequence[str],
+    sources: Sequence[Image.Image] | None,
+    settings: EvaluateSettings,
+    path: Path,
+    device: torch.device = CPU,
 ) -> float:
     """Write the sheet of `texts` (prompts, or with `sources` instructions) and return the mean difference of a pixel, in 0 .. 255."""
-    drawn = [_draw(checkpoint, texts, sources, settings) for checkpoint in (before, after)]
+    drawn = [_draw(Sampler.load(checkpoint, device), texts, sources, settings) for checkpoint in (before, after)]
     cells = [[Image.fromarray(images[index]) for images in drawn] for index in range(len(texts))]
     if sources is not None:
         cells = [[square(source, TILE_PX), *row] for source, row in zip(sources, cells, strict=True)]
@@ -39,8 +47,8 @@ def draw_before_after(
     return float(np.abs(drawn[0].astype(np.int16) - drawn[1]).mean())
 
 
-def _draw(checkpoint: Path, texts: Sequence[str], sources: Sequence[Image.Image] | None, settings: EvaluateSettings) -> np.ndarray:
-    sampler, seeds = Sampler.load(checkpoint), range(len(texts))
+def _draw(sampler: Sampler, texts: Sequence[str], sources: Sequence[Image.Image] | None, settings: EvaluateSettings) -> np.ndarray:
+    seeds = range(len(texts))
     if sources is None:
         return sampler.generate(texts, seeds, steps=settings.steps, guidance_scale=settings.guidance_scale, batch=1)
     return sampler.edit(

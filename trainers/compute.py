@@ -118,11 +118,11 @@ def flops_per_sample(settings: StageSettings, config: Mapping[str, Any], size_px
     return lambda index: flops[min(bisect.bisect_right(ends, index), len(flops) - 1)]
 
 
-def peak_flops() -> float | None:
-    """Peak dense bfloat16 FLOP/s of this process's GPU; None on CPUs and for GPUs whose data sheet is not in the table."""
-    if not torch.cuda.is_available():
+def peak_flops(device: torch.device) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a GPU; None for CPUs and for GPUs whose data sheet is not in the table."""
+    if device.type != "cuda":
         return None
-    seen = torch.cuda.get_device_name().lower()
+    seen = torch.cuda.get_device_name(device).lower()
     if "pcie" in seen:
         return None  # the table's figures are of the SXM boards
     return next((tflops * 1e12 for name, (tflops, _) in GPUS.items() if name.split(" ")[0].lower() in seen.split()), None)

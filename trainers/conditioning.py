@@ -49,10 +49,14 @@ class Embeddings:
         """One [L_i, D] tensor a row, without padding."""
         return [states[mask.bool()] for states, mask in zip(self.states, self.mask, strict=True)]
 
+    def to(self, device: torch.device | str) -> Embeddings:
+        """The same rows on a device."""
+        return Embeddings(self.states.to(device), self.mask.to(device))
+
 
 def stack(rows: list[torch.Tensor]) -> Embeddings:
     """Right-pad rows [L_i, D] to one batch."""
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], batch_first=True)
     return Embeddings(pad_sequence(list(rows), batch_first=True), mask)
 
 
@@ -85,6 +89,11 @@ class PromptEncoder:
         )
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
         return cls(model, tokenizer, processor, hidden_state)
+
+    def to(self, device: torch.device) -> PromptEncoder:
+        """Move the network to a device, where its states come out, and return this encoder."""
+        self.text_encoder.to(device)
+        return self
 
     def generate(self, prompts: list[str | None]) -> Embeddings:
         """Embed text-to-image prompts; None stands for the null prompt (the template with empty user text)."""
@@ -121,6 +130,8 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _kept(self, ids: torch.Tensor, mask: torch.Tensor, drop: int, **vision: torch.Tensor) -> Embeddings:
+        device = self.text_encoder.device
+        ids, mask, vision = ids.to(device), mask.to(device), {name: value.to(device) for name, value in vision.items()}
         states = hidden_states(self.text_encoder, ids, mask, self.hidden_state, **vision)
         return stack([row[keep.bool()][drop:] for row, keep in zip(states, mask, strict=True)])
 

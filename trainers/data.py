@@ -66,6 +66,16 @@ class Batch:
         starts = range(0, len(self.rows), size)
         return [dataclasses.replace(self, **{name: _rows_of(value, start, size) for name, value in vars(self).items()}) for start in starts]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are: what `TrainingRows` hands out is on the CPU."""
+        return self.condition.device
+
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on a device, where every loss expects them; nothing is copied where they are there already."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, (torch.Tensor, Embeddings))}
+        return dataclasses.replace(self, **moved)
+
     def guided(self, unet: DreamLiteUNetModel, settings: ReFLSettings | DMD2Settings) -> Velocity:
         """The deployed guidance on these rows, with the scales and the precision that a recipe's settings name."""
         return guided_velocity(
@@ -90,6 +100,7 @@ def _rows_of(value: torch.Tensor | Embeddings | list, start: int, size: int) -> 
 class TrainingRows:
     """The rows of one or more dataset versions with everything the network reads, encoded and cached.
 
+    Rows are encoded where `vae` and `encoder` are; the caches and the batches are on the CPU.
     Every panel is a square of `size_px`, or with `aspect_buckets` the shape of about that area which is nearest to the target
     image; an edit's source takes the shape of its target. `logical_size_px` is the size that time_ids tell (default: the real one).
     """
@@ -189,7 +200,7 @@ class TrainingRows:
         @torch.no_grad()
         def encode(chunk: list[int]) -> list[torch.Tensor]:
             pixels = np.stack([np.asarray(image) for image in self.images([(image_ids[index], panel) for index in chunk])])
-            return list(vae.encoder(to_tensor(pixels)).flatten(1))
+            return list(vae.encoder(to_tensor(pixels, vae.device)).flatten(1).cpu())
 
         self.latents.fill([self._latent_key(image_id, panel) for image_id in image_ids], encode, "latents")
 
@@ -202,9 +213,9 @@ class TrainingRows:
             def encode(chunk: list[int]) -> list[torch.Tensor]:
                 part = [chosen[index] for index in chunk]
                 if task == "generate":
-                    return encoder.generate([text for _, text in part]).rows()
+                    return encoder.generate([text for _, text in part]).to("cpu").rows()
                 images = self.images([(row.source_image_id or "", self.panel(row)) for row, _ in part])
-                return encoder.edit(images, [text for _, text in part]).rows()
+                return encoder.edit(images, [text for _, text in part]).to("cpu").rows()
 
             self.states.fill([state_key(row, text, self.panels.get(row.row_id)) for row, text in chosen], encode, f"prompt states, {task}")
 

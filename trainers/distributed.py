@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from trainers.device import CPU
+
 Value = TypeVar("Value")
 
 BUCKET_BYTES = 32 * 2**20
@@ -43,17 +45,16 @@ def world() -> World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """Join the processes that torchrun started (RANK and WORLD_SIZE in the environment), and leave them at the end.
+def joined(device: torch.device = CPU) -> Iterator[World]:
+    """Join the processes that torchrun started (RANK and WORLD_SIZE in the environment), and leave them at the end. What they
+    sum lies on `device`.
 
     Where a group is there already (Ray Train made it) or nothing was launched, the world is taken as it is. All processes but
     the first show no progress.
     """
     ours = not dist.is_initialized() and "WORLD_SIZE" in os.environ
     if ours:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend(), timeout=datetime.timedelta(seconds=PATIENCE_S))
+        dist.init_process_group(backend(device.type), timeout=datetime.timedelta(seconds=PATIENCE_S))
     here = world()
     if not here.first:
         os.environ["DREAMLITE_PROGRESS"] = "0"
@@ -64,9 +65,9 @@ def joined() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def backend() -> str:
-    """NCCL for what lies on GPUs and Gloo for the rest; Gloo alone where there is no GPU."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def backend(device_type: str) -> str:
+    """What sums tensors on devices of a type: NCCL on GPUs, with Gloo for what stays on the CPU there; else Gloo alone."""
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
 def own_share(rows: int) -> int:

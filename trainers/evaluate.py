@@ -111,9 +111,9 @@ def velocity_loss(sampler: Sampler, rows: TrainingRows, settings: EvaluateSettin
 
         def losses_of(start: int, chosen: list[int] = chosen) -> list[float]:
             part = chosen[start : start + VELOCITY_BATCH]
-            data = rows.batch(part, list(range(start, start + len(part))))
-            times = torch.tensor([VELOCITY_TIMES[position % len(VELOCITY_TIMES)] for position in data.positions])
-            noise = keyed_normal((settings.seed, 6), data.positions, tuple(data.latents.shape[1:]))
+            data = rows.batch(part, list(range(start, start + len(part)))).to(sampler.device)
+            times = torch.tensor([VELOCITY_TIMES[position % len(VELOCITY_TIMES)] for position in data.positions], device=data.device)
+            noise = keyed_normal((settings.seed, 6), data.positions, tuple(data.latents.shape[1:]), data.device)
             velocity = predict(
                 sampler.unet, interpolate(data.latents, noise, times), times, data.condition, data.text, data.size_px
             )

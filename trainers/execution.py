@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from dreamlite_data.strict_settings import StrictSettings
 
+Device = Literal["auto", "cpu", "cuda"]
+"""What a process computes on; auto takes a GPU where torch sees one. `trainers.device` says which."""
+
 
 class TrainExecution(StrictSettings):
     """How the training steps run. Each process takes its share of every global batch, whose size stays that of the recipe."""
@@ -18,7 +21,7 @@ class TrainExecution(StrictSettings):
     )
     workers: int | tuple[int, int] = Field(1, description="processes; [least, most] lets Ray start with what there is room for")
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs that Ray sets aside for each worker")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="0 trains on CPUs; a process drives one GPU")
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs that Ray sets aside for each worker, which drives one; 0 trains on CPUs there")
     max_failures: int = Field(3, ge=0, description="how often lost workers are replaced; each time training goes on from its checkpoint")
     start_timeout_s: int = Field(300, gt=0, description="how long Ray waits for the workers to be up")
     checkpoint_every_s: float = Field(30.0, ge=0, description="what a kill may cost; large checkpoints are written less often")

@@ -106,7 +106,7 @@ def predict(
     """Velocity [B, C, H, W], float32, of the left panel. `condition` is the right panel (zeros to generate, source latents to
     edit), `t` [B] in [0, 1]; `time_ids` carry (width, height) of one panel: `size_px` is them [B, 2], or the side of a square.
     `precision` is that of the network's arithmetic; weights, x and t are float32 in either."""
-    time_ids = torch.full((len(x), 2), float(size_px)) if isinstance(size_px, int) else size_px
+    time_ids = torch.full((len(x), 2), float(size_px), device=x.device) if isinstance(size_px, int) else size_px
     with computing_in(precision, x.device.type):
         output = unet(
             torch.cat([x, condition], dim=3),
@@ -156,14 +156,15 @@ def guided_velocity(
     """
     zeros = torch.zeros_like(condition)
     edit = is_edit.view(-1, 1, 1, 1)
+    two = image_scale == 1.0 or not bool(is_edit.any())  # read once: a GPU waits for each reading
 
     def velocity(x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        t = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))
+        t = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         full = predict(unet, x, t, condition, text, size_px, precision)
         if scale == 1.0 and image_scale == 1.0:
             return full
         image = predict(unet, x, t, condition, null, size_px, precision)
-        if image_scale == 1.0 or not bool(is_edit.any()):
+        if two:
             # With image scale 1 the edit formula is v_image + s (v_full - v_image): the same as for generate.
             return guide_generate(image, full, scale)
         blank = predict(unet, x, t, zeros, null, size_px, precision)
@@ -181,15 +182,18 @@ def sample(velocity: Velocity, noise: torch.Tensor, sigmas: Sequence[float]) -> 
     return x
 
 
-def keyed_normal(key: tuple[int, ...], rows: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+def keyed_normal(
+    key: tuple[int, ...], rows: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Standard normal [len(rows), *shape] where row i depends only on (key, rows[i]): any batch layout, any worker
-    count and any resume draw the same numbers."""
-    return torch.from_numpy(np.stack([_philox(key, row).standard_normal(shape, dtype=np.float32) for row in rows]))
+    count, any resume and any device draw the same numbers."""
+    # Drawn on the CPU and then moved: a GPU's generator has other numbers, and a plan must mean the same everywhere.
+    return torch.from_numpy(np.stack([_philox(key, row).standard_normal(shape, dtype=np.float32) for row in rows])).to(device)
 
 
-def keyed_uniform(key: tuple[int, ...], rows: Sequence[int], count: int) -> torch.Tensor:
+def keyed_uniform(key: tuple[int, ...], rows: Sequence[int], count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Uniform [len(rows), count] in [0, 1), keyed like `keyed_normal`."""
-    return torch.from_numpy(np.stack([_philox(key, row).random(count, dtype=np.float32) for row in rows]))
+    return torch.from_numpy(np.stack([_philox(key, row).random(count, dtype=np.float32) for row in rows])).to(device)
 
 
 def _philox(key: tuple[int, ...], row: int) -> np.random.Generator:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trainers.conditioning import Embeddings, PromptEncoder, stack
 from trainers.data import square
+from trainers.device import CPU
 from trainers.flow import deployed_sigmas, guided_velocity, keyed_normal, sample
 from trainers.model import latent_scale, load_facts, load_unet, load_vae
 from trainers.parallel import map_threads
@@ -34,16 +35,21 @@ class Sampler:
     distilled_steps: int | None
 
     @classmethod
-    def load(cls, checkpoint: Path) -> Sampler:
-        """Load a checkpoint folder; its recorded hidden-state setting decides what the encoder hands over."""
+    def load(cls, checkpoint: Path, device: torch.device = CPU) -> Sampler:
+        """Load a checkpoint folder onto a device; its recorded hidden-state setting decides what the encoder hands over."""
         facts = load_facts(checkpoint)
         return cls(
-            unet=load_unet(checkpoint).eval(),
-            vae=load_vae(checkpoint),
-            encoder=PromptEncoder.load(checkpoint, facts["hidden_state"]),
+            unet=load_unet(checkpoint).eval().to(device),
+            vae=load_vae(checkpoint).to(device),
+            encoder=PromptEncoder.load(checkpoint, facts["hidden_state"]).to(device),
             size_px=facts["size_px"],
             distilled_steps=facts["distilled_steps"],
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return self.unet.device
 
     @property
     def side(self) -> int:
@@ -60,7 +66,7 @@ class Sampler:
         def draw(start: int) -> np.ndarray:
             part = list(prompts[start : start + batch])
             text = self.encoder.generate(part)
-            condition = torch.zeros(len(part), 4, self.side, self.side)
+            condition = torch.zeros(len(part), 4, self.side, self.side, device=self.device)
             noise = self._noise(seeds[start : start + batch])
             null = text if self.distilled_steps else stack(null_row * len(part))
             return self._draw(noise, condition, text, null, False, steps, guidance_scale, 1.0)
@@ -94,10 +100,10 @@ class Sampler:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Latents [N, 4, side, side] of RGB squares."""
-        return self.vae.encoder(to_tensor(np.stack([np.asarray(image) for image in images])))
+        return self.vae.encoder(to_tensor(np.stack([np.asarray(image) for image in images]), self.device))
 
     def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
-        return keyed_normal(NOISE_KEY, list(seeds), (4, self.side, self.side))
+        return keyed_normal(NOISE_KEY, list(seeds), (4, self.side, self.side), self.device)
 
     @torch.no_grad()
     def _draw(
@@ -113,7 +119,7 @@ class Sampler:
     ) -> np.ndarray:
         if self.distilled_steps:
             steps, scale, image_scale = self.distilled_steps, 1.0, 1.0
-        is_edit = torch.full((len(noise),), edit)
+        is_edit = torch.full((len(noise),), edit, device=self.device)
         velocity = guided_velocity(self.unet, condition, text, null, is_edit, self.size_px, scale, image_scale)
         latents = sample(velocity, noise, deployed_sigmas(steps, self.side, self.side))
         return to_uint8(self.vae.decoder(latents))

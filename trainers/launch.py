@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from pydantic import Field
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.strict_settings import StrictSettings
+from trainers.device import use_device
 from trainers.distributed import joined
-from trainers.execution import TrainExecution
+from trainers.execution import Device, TrainExecution
 from trainers.parallel import processors, use_threads
 from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, SupervisedSettings
 from trainers.stages import follow_checkpoint, train_stage
@@ -38,6 +40,7 @@ class StageRequest(StrictSettings):
     seed: int
     threads: int | None = Field(None, description="threads of each process on CPUs; null shares the processors evenly")
     execution: TrainExecution
+    device: Device = Field("auto", description="what each process computes on; on Ray `gpus_per_worker` says it")
 
 
 def train(request: StageRequest, lake: Lake) -> dict[str, float]:
@@ -46,8 +49,9 @@ def train(request: StageRequest, lake: Lake) -> dict[str, float]:
     Raises what `train_stage` raises, and RuntimeError with the last lines of a launched process that failed.
     """
     if request.execution.runner == "plain":
-        use_threads(request.threads)
-        return _train_stage(request, lake)
+        device = use_device(request.device)
+        use_threads(request.threads, device)
+        return _train_stage(request, lake, device)
     folders = {name: getattr(request, name) for name in ("components", "parent", "lake", "output")}
     request = request.model_copy(update={name: path.absolute() for name, path in folders.items() if path})  # workers have another folder
     if request.parent:  # which settings were left open is not said in what is sent
@@ -67,21 +71,30 @@ def train_here(request: StageRequest, on_checkpoint: Callable[[int, Mapping[str,
     """This process's part of a training that several share; the first one leaves the answer in the stage's folder."""
     # Sharded rewards gather their weights in every call: calls on two threads would meet those of other processes out of order.
     one = request.execution.shard_rewards
-    use_threads(1 if one else request.threads or max(1, processors() // request.execution.most))
-    with joined() as here, Lake(request.lake, read_only=True) as lake:
-        metrics = _train_stage(request, lake, on_checkpoint)
+    device = use_device(_wanted(request))
+    use_threads(1 if one else request.threads or max(1, processors() // request.execution.most), device)
+    with joined(device) as here, Lake(request.lake, read_only=True) as lake:
+        metrics = _train_stage(request, lake, device, on_checkpoint)
         if here.first:
             partial = request.output / f"{ANSWER}.partial"
             partial.write_text(json.dumps(metrics))
             partial.rename(request.output / ANSWER)
 
 
+def _wanted(request: StageRequest) -> Device:
+    """On Ray a worker has the GPU that was set aside for it or none: one without may still see those of others."""
+    if request.execution.runner == "ray":
+        return "cuda" if request.execution.gpus_per_worker else "cpu"
+    return request.device
+
+
 def _train_stage(
-    request: StageRequest, lake: Lake, on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None
+    request: StageRequest, lake: Lake, device: torch.device, on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None
 ) -> dict[str, float]:
     return train_stage(
         request.stage, request.settings, request.model, components=request.components, parent=request.parent, lake=lake,
-        datasets=request.datasets, output=request.output, seed=request.seed, execution=request.execution, on_checkpoint=on_checkpoint,
+        datasets=request.datasets, output=request.output, seed=request.seed, execution=request.execution, device=device,
+        on_checkpoint=on_checkpoint,
     )  # fmt: skip
 
 

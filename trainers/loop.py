@@ -24,13 +24,15 @@ from dreamlite_data.progress import Progress
 from trainers.data import Batch
 from trainers.distributed import as_the_first_says, copy_from_first, gathered, own_share, sum_over_processes, wait_for_all, world
 from trainers.lora import load_trained_state, trained_state
-from trainers.nonfinite import NonFiniteError, require_finite, stop
+from trainers.nonfinite import NonFiniteError, are_finite, broken_rows, stop
 from trainers.parallel import map_threads
 from trainers.throughput import Throughput
 
 LOG_EVERY = 10
 SAVING_SHARE = 0.05
 """Of the time, at most, goes into writing checkpoints: large ones are written less often than was asked."""
+FINITE = "finite"
+"""Among the logs of a micro-batch until they are read: whether its loss and its gradients are finite."""
 
 
 class Recipe(Protocol):
@@ -204,34 +206,50 @@ def _stop_reason(recipe: Recipe) -> str | None:
 def batch_gradient(
     parameters: Sequence[nn.Parameter], batch: Batch, micro_batch: int, loss: Callable[[Batch], tuple[torch.Tensor, dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Set `.grad` to the gradient of the mean over the global batch; `loss` of a micro-batch returns its mean and what to log.
+    """Set `.grad` to the gradient of the mean over the global batch; `loss` of a micro-batch returns its mean and what to log:
+    tensors, which are detached here and read once for the whole step, for a GPU waits for each reading.
 
-    Each process takes its share of the rows, in the plan's order. Micro-batches run side by side on the threads there are and
-    are summed in their order, so threads change no bit; sums over processes differ by rounding. Returns the logs of all
-    micro-batches of all processes, in the order of the rows.
+    Each process takes its share of the rows, in the plan's order, and moves a micro-batch at a time to where the parameters are.
+    Micro-batches run side by side on the threads there are and are summed in their order, so threads change no bit; sums over
+    processes differ by rounding. Returns the logs of all micro-batches of all processes, in the order of the rows: floats, and
+    tensors on the CPU. Raises NonFiniteError before any `.grad` is set.
     """
+    device = parameters[0].device
 
-    def one(part: Batch) -> tuple[tuple[torch.Tensor | None, ...], dict[str, Any]]:
-        value, logs = loss(part)
+    def one(part: Batch) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        value, logs = loss(part.to(device))
         share = len(part.rows) / len(batch.rows)
         gradients = torch.autograd.grad(value * share, parameters, allow_unused=True)
-        require_finite(value, gradients, part, parameters, loss)
-        return gradients, {"loss": value.item(), **logs}
+        logged = {name: each.detach() for name, each in {"loss": value, **logs}.items()}
+        return gradients, logged | {FINITE: are_finite(value, gradients)}
 
     own = batch.split(own_share(len(batch.rows)))[world().rank]
+    parts = own.split(micro_batch)
     total: list[torch.Tensor | None] = []
     logs = []
-    for gradients, logged in map_threads(one, own.split(micro_batch)):
+    for gradients, logged in map_threads(one, parts):
         logs.append(logged)
         if not total:
             total = list(gradients)
             used = [index for index, gradient in enumerate(total) if gradient is not None]
         else:
             torch._foreach_add_([total[index] for index in used], [gradients[index] for index in used])
+    logs = _read(logs)
+    for part, logged in zip(parts, logs, strict=True):
+        finite = logged.pop(FINITE).tolist()
+        if not all(finite):
+            raise broken_rows(finite, part.to(device), parameters, loss)
     sum_over_processes([total[index] for index in used])
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = gradient
     return [logged for part in gathered(logs) for logged in part]
+
+
+def _read(logs: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Tensors of one device as floats, or with an axis as float32 on the CPU, all in one transfer."""
+    flat = torch.cat([value.float().reshape(-1) for each in logs for value in each.values()]).cpu()
+    pieces = iter(flat.split([value.numel() for each in logs for value in each.values()]))
+    return [{name: next(pieces) if value.ndim else next(pieces).item() for name, value in each.items()} for each in logs]
 
 
 def mean_logs(logs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -267,6 +285,7 @@ def _save(recipe: Recipe, position: int, window: Mapping[str, Sequence[float]], 
         "ema_updates": recipe.ema.updates,
         "window": {name: list(values) for name, values in window.items()},
     }
+    state = _on_cpu(state)  # so that it is read alike wherever the training goes on
     partial = output / "state.partial"
     with partial.open("wb") as file:
         torch.save(state, file)
@@ -275,13 +294,22 @@ def _save(recipe: Recipe, position: int, window: Mapping[str, Sequence[float]], 
     partial.rename(output / "state.pt")
 
 
+def _on_cpu(value: Any) -> Any:
+    """Tensors in nested dicts and lists, on the CPU; those that are there already are not copied."""
+    if isinstance(value, dict):
+        return {name: _on_cpu(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(each) for each in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
 def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deque[float]]]:
     """(position, newest metrics) of the checkpoint in `output`, loaded into the recipe; (0, nothing) where there is none."""
     path = output / "state.pt"
     if not path.is_file():
         return 0, {}
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
     try:
@@ -291,7 +319,9 @@ def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deq
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not of this stage's network and settings ({str(error).splitlines()[0]}): give another output folder") from None
-    recipe.ema.weights, recipe.ema.updates = state["ema"], state["ema_updates"]
+    devices = {name: value.device for name, value in recipe.ema.weights.items()}
+    recipe.ema.weights = {name: value.to(devices[name]) for name, value in state["ema"].items()}
+    recipe.ema.updates = state["ema_updates"]
     return int(state["position"]), {name: deque(values, maxlen=kept) for name, values in state["window"].items()}
 
 

@@ -33,7 +33,7 @@ def add_lora(unet: DreamLiteUNetModel, settings: LoraSettings, seed: int) -> Non
 
     _check_targets(unet, settings.target_modules)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha or settings.rank, target_modules=list(settings.target_modules))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):  # drawn on the CPU; every GPU would be forked too
         torch.manual_seed(seed)
         unet.add_adapter(config, ADAPTER)
 

@@ -81,7 +81,7 @@ def unet_config(settings: ModelSettings, text_width: int, side: int) -> dict[str
 
 def build_unet(settings: ModelSettings, text_width: int, side: int, seed: int = 0) -> DreamLiteUNetModel:
     """A fresh UNet with seeded weights."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):  # drawn on the CPU; every GPU would be forked too
         torch.manual_seed(seed)
         return DreamLiteUNetModel(**unet_config(settings, text_width, side))
 

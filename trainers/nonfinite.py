@@ -25,33 +25,26 @@ class NonFiniteError(FloatingPointError):
         self.rows = list(rows)
 
 
-def require_finite(
-    value: torch.Tensor,
-    gradients: Sequence[torch.Tensor | None],
+def are_finite(value: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """[2]: whether the loss `value` of a micro-batch is finite, and whether its gradients are. Left on their device, unread."""
+    norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
+    return torch.stack([torch.isfinite(value.detach()).all(), torch.isfinite(torch.stack(norms)).all()])
+
+
+def broken_rows(
+    finite: Sequence[bool],
     part: Batch,
     parameters: Sequence[nn.Parameter],
     loss: Callable[[Batch], tuple[torch.Tensor, dict[str, Any]]],
-) -> None:
-    """Raise NonFiniteError unless the loss `value` of a micro-batch and its gradients are finite.
-
-    Its rows are then tried one by one: the error names those that fail alone, or all of them where each is well by itself.
-    """
-    what = _broken(value, gradients)
-    if what is None:
-        return
+) -> NonFiniteError:
+    """The error of a micro-batch that `are_finite` found broken. Its rows are tried one by one: those that fail alone are named,
+    or all of them where each is well by itself."""
     guilty = []
     for row in part.split(1) if len(part.rows) > 1 else []:
         alone, _ = loss(row)
-        if _broken(alone, torch.autograd.grad(alone, parameters, allow_unused=True)):
+        if not are_finite(alone, torch.autograd.grad(alone, parameters, allow_unused=True)).all():
             guilty += row.rows
-    raise NonFiniteError(what, guilty or part.rows)
-
-
-def _broken(value: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> str | None:
-    if not torch.isfinite(value.detach()).all():
-        return "the loss"
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
-    return None if torch.isfinite(torch.stack(norms)).all() else "the gradient"
+    return NonFiniteError("the gradient" if finite[0] else "the loss", guilty or part.rows)
 
 
 def stop(error: NonFiniteError, label: str, step: int, output: Path) -> FloatingPointError:

@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 zeros = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
-                self.state[parameter].update(zeros, steps=torch.zeros(()))
+                self.state[parameter].update(zeros, steps=torch.zeros((), device=parameter.device))
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             parameters,

@@ -10,23 +10,26 @@ from typing import TypeVar
 
 import torch
 
+from trainers.device import CPU
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _pool: ThreadPoolExecutor | None = None
 
 
-def use_threads(count: int | None = None) -> int:
+def use_threads(count: int | None = None, device: torch.device = CPU) -> int:
     """Let `map_threads` use `count` threads (None: one for each processor this process may run on); returns the count.
 
-    From then on torch itself stays on one thread in each of them. On a machine with a GPU nothing is changed.
+    From then on torch itself stays on one thread in each of them. A GPU is driven from the caller's thread alone.
     """
     global _pool
-    count = count or processors()
-    if torch.cuda.is_available():
-        return 1
-    torch.set_num_threads(1)
     if _pool is not None:
         _pool.shutdown()
+        _pool = None
+    if device.type != "cpu":
+        return 1
+    count = count or processors()
+    torch.set_num_threads(1)
     _pool = ThreadPoolExecutor(count, "torch", initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
     return count
 

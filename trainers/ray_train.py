@@ -43,7 +43,7 @@ def train_on_ray(request: StageRequest) -> None:
         trainer = TorchTrainer(
             worker,
             train_loop_config={"request": request.model_dump_json()},
-            torch_config=TorchConfig(backend=backend() if execution.gpus_per_worker else "gloo", timeout_s=int(PATIENCE_S)),
+            torch_config=TorchConfig(backend=backend("cuda" if execution.gpus_per_worker else "cpu"), timeout_s=int(PATIENCE_S)),
             scaling_config=ScalingConfig(
                 num_workers=execution.workers, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
             ),

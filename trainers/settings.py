@@ -97,7 +97,9 @@ class RecipeSettings(StrictSettings):
     ema_width: float | None = Field(
         None, gt=0, lt=0.28, description="relative width of a power-law average (EDM2), such as 0.1; null: constant ema_decay"
     )
-    precision: Precision = Field("float32", description="arithmetic of the networks; weights, averages and losses are float32 in either")
+    precision: Precision = Field(
+        "float32", description="arithmetic of the networks; trained weights, averages and losses are float32 in either, the reward models' are of it"
+    )
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:

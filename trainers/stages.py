@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dreamlite_data.lake import Lake
@@ -17,6 +18,7 @@ from trainers.components.build import build_components
 from trainers.compute import flops_per_sample, peak_flops
 from trainers.conditioning import PromptEncoder, encoder_grid_px
 from trainers.data import TrainingRows
+from trainers.device import CPU
 from trainers.distributed import first_process_first, wait_for_all, world
 from trainers.evaluate import evaluate_images, velocity_loss
 from trainers.execution import TrainExecution
@@ -64,12 +66,13 @@ def train_stage(
     output: Path,
     seed: int,
     execution: TrainExecution | None = None,
+    device: torch.device = CPU,
     on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Train one stage into output/checkpoint, resuming from output/ where an earlier try was killed.
     Of a stage that trains an adapter, output/adapter holds it, and the checkpoint the network with it merged in.
 
-    Where several processes have been joined (`trainers.launch`), each calls this; the first one writes.
+    Where several processes have been joined (`trainers.launch`), each calls this with its own `device`; the first one writes.
 
     `datasets` maps each name that the settings list to its version. Returns the last metrics. Raises ValueError where
     the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent.
@@ -79,14 +82,15 @@ def train_stage(
     inherited = {} if parent is None else load_facts(parent)
     if parent is not None:
         model = follow_checkpoint(parent, model)
-    encoder = PromptEncoder.load(components, model.hidden_state)
-    vae = load_vae(components)
+    encoder = PromptEncoder.load(components, model.hidden_state).to(device)
+    vae = load_vae(components).to(device)
     if parent is None:
         unet = build_unet(model, encoder.text_encoder.config.text_config.hidden_size, model.size_px // latent_scale(vae.config), seed)
     else:
         unet = load_unet(parent)
     if settings.lora is not None:
         add_lora(unet, settings.lora, seed)
+    unet.to(device)
 
     digest = encoders_digest(components)
 
@@ -109,14 +113,16 @@ def train_stage(
     phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
     with first_process_first():  # it fills the caches of latents and prompt states, the others read them
         rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
-    execution, peak = execution or TrainExecution(), peak_flops()
+    encoder.to(CPU)  # the caches are full: the networks of the recipe need its room
+    execution, peak = execution or TrainExecution(), peak_flops(device)
     if execution.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):
-        rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
-        seconds = {task: load_scorer(second.kind, second.model) for task, second in settings.second_scorers.items()}
+        narrow = getattr(torch, settings.precision)  # as `compute` counts them: two 7 B backbones in float32 fill an 80 GB GPU
+        rewards = {task: load_reward(components / "rewards" / task, device, narrow) for task in ("generate", "edit")}
+        seconds = {task: load_scorer(second.kind, second.model, device) for task, second in settings.second_scorers.items()}
         for reward in rewards.values():
             if execution.gradient_checkpointing:
                 reward.enable_activation_checkpointing()
@@ -139,6 +145,7 @@ def train_stage(
         wait_for_all()
         return metrics
     recipe.ema.copy_to(unet)
+    unet.to(CPU)
     if settings.lora is not None:
         save_lora(unet, output / "adapter", inherited.get("weights"))
         merge_lora(unet)
@@ -169,6 +176,7 @@ def evaluate_checkpoint(
     datasets: Versions,
     output: Path,
     teacher: Path | None = None,
+    device: torch.device = CPU,
 ) -> list[dict[str, object]]:
     """Rows (task, metric, value, n) of a checkpoint; pictures and scores.json go to `output`.
 
@@ -176,9 +184,9 @@ def evaluate_checkpoint(
 
     A distilled checkpoint has no velocity loss: its network is no longer the velocity of a path.
     """
-    sampler = Sampler.load(checkpoint)
-    rewards = {task: load_reward(components / "rewards" / task) for task in ("generate", "edit")}
-    results = evaluate_images(sampler, rewards, settings, output, Sampler.load(teacher) if teacher else None)
+    sampler = Sampler.load(checkpoint, device)
+    rewards = {task: load_reward(components / "rewards" / task, device) for task in ("generate", "edit")}
+    results = evaluate_images(sampler, rewards, settings, output, Sampler.load(teacher, device) if teacher else None)
     if sampler.distilled_steps is None:
         rows = TrainingRows(
             lake,
@@ -195,10 +203,16 @@ def evaluate_checkpoint(
 
 
 def generate_images(
-    checkpoint: Path, prompts: Sequence[str], *, seed: int = 0, steps: int = 10, guidance_scale: float = 2.0
+    checkpoint: Path,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 10,
+    guidance_scale: float = 2.0,
+    device: torch.device = CPU,
 ) -> list[Image.Image]:
     """Draw one image a prompt."""
-    drawn = Sampler.load(checkpoint).generate(
+    drawn = Sampler.load(checkpoint, device).generate(
         prompts, range(seed, seed + len(prompts)), steps=steps, guidance_scale=guidance_scale
     )
     return [Image.fromarray(image) for image in drawn]
@@ -213,9 +227,10 @@ def edit_images(
     steps: int = 10,
     guidance_scale: float = 2.0,
     image_guidance_scale: float = 1.0,
+    device: torch.device = CPU,
 ) -> list[Image.Image]:
     """Edit each image by its instruction."""
-    edited = Sampler.load(checkpoint).edit(
+    edited = Sampler.load(checkpoint, device).edit(
         images,
         instructions,
         range(seed, seed + len(images)),

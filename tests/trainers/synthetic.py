@@ -1,12 +1,18 @@
-"""Training rows made in memory from the small world, encoded by given parts: what recipes read, without a lake.
-The batches come from the same code as those of a lake."""
+"""Training rows made from the small world: in memory, encoded by given parts, or in a small lake.
+The batches come from the same code as those of a real one."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 
 from dreamlite_data import scenes
+from dreamlite_data.lake import Lake
 from trainers.conditioning import PromptEncoder, as_image
 from trainers.data import Row, TrainingRows, state_key
 from trainers.model import latent_scale
@@ -60,3 +66,19 @@ class _Memory:
 
     def get(self, keys):  # noqa: ANN001, ANN201
         return [self.values[key].float() for key in keys]
+
+
+def caption_lake(root: Path) -> None:
+    """A lake with the dataset t2i@1: twelve scenes and their captions."""
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[dict]] = {"images": [], "dataset_rows": [], "datasets": [{"name": "t2i", "version": 1, "digest": "d", "rows": 12}]}
+    for number in range(12):
+        scene = scenes.sample_scene(rng)
+        Image.fromarray(scenes.render(scene)).save(file := io.BytesIO(), "PNG")
+        payload = file.getvalue()
+        image_id = hashlib.sha256(payload).hexdigest()
+        rows["images"].append({"image_id": image_id, "bytes": payload, "mime": "image/png", "width": 64, "height": 64, "size_bytes": len(payload)})
+        rows["dataset_rows"].append({"name": "t2i", "version": 1, "row_id": f"r/{number}", "task": "generate", "image_id": image_id,
+                                     "text": scenes.caption(scene, rng), "weight": 1.0, "split": "train"})  # fmt: skip
+    with Lake(root) as lake:
+        lake.append(rows)

@@ -3,19 +3,15 @@ The weights differ by the rounding of a sum, and what cannot run is refused befo
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import ValidationError
 
-from dreamlite_data import scenes
 from dreamlite_data.lake import Lake
+from tests.trainers.synthetic import caption_lake
 from trainers.execution import TrainExecution
 from trainers.launch import StageRequest, train
 from trainers.model import load_unet
@@ -28,19 +24,8 @@ MODEL = ModelSettings(channels=(32, 64), head_width=16, attention_at_full_resolu
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A lake with the dataset t2i@1: twelve scenes and their captions."""
-    root, rng = tmp_path_factory.mktemp("launch") / "lake", np.random.default_rng(0)
-    rows: dict[str, list[dict]] = {"images": [], "dataset_rows": [], "datasets": [{"name": "t2i", "version": 1, "digest": "d", "rows": 12}]}
-    for number in range(12):
-        scene = scenes.sample_scene(rng)
-        Image.fromarray(scenes.render(scene)).save(file := io.BytesIO(), "PNG")
-        payload = file.getvalue()
-        image_id = hashlib.sha256(payload).hexdigest()
-        rows["images"].append({"image_id": image_id, "bytes": payload, "mime": "image/png", "width": 64, "height": 64, "size_bytes": len(payload)})
-        rows["dataset_rows"].append({"name": "t2i", "version": 1, "row_id": f"r/{number}", "task": "generate", "image_id": image_id,
-                                     "text": scenes.caption(scene, rng), "weight": 1.0, "split": "train"})  # fmt: skip
-    with Lake(root) as lake:
-        lake.append(rows)
+    root = tmp_path_factory.mktemp("launch") / "lake"
+    caption_lake(root)
     return root
 
 

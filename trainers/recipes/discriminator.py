@@ -28,7 +28,7 @@ class Discriminator(nn.Module):
         super().__init__()
         channels, groups = unet.config.block_out_channels[-1], unet.config.norm_num_groups
         side //= 2 ** (len(unet.config.block_out_channels) - 1)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):  # drawn on the CPU; every GPU would be forked too
             torch.manual_seed(seed)
             layers: list[nn.Module] = []
             while side > SMALLEST_SIDE:

@@ -44,8 +44,9 @@ class DMD2Recipe:
         self.plan = Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, settings.batch, key)
         self.modules = {"student": self.student, "fake": self.fake}
         self.scored_by = trainable(self.fake)
+        self.device = self.scored_by[0].device
         if settings.gan_weight:
-            self.discriminator = Discriminator(teacher, rows.side, seed=key[0]).train()
+            self.discriminator = Discriminator(teacher, rows.side, seed=key[0]).train().to(self.device)
             self.modules["discriminator"] = self.discriminator
             self.scored_by += self.discriminator.parameters()
         self.optimizers = {
@@ -62,15 +63,15 @@ class DMD2Recipe:
         fakes = [self._fake_step(index, number) for number in range(settings.fake_steps + warmup)]
         batch = self._batch(index, 0)
 
-        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             data = self._student_data(part, index, 0, gradient=True)
             gradient, logs = self._matching_gradient(data.detach(), part, index)
             # d loss / d data = gradient / elements: the surrogate 0.5 |x - sg(x - g)|^2.
             total = 0.5 * ((data - (data.detach() - gradient)) ** 2).mean()
             if settings.gan_weight:
                 fooled = F.softplus(-self._logits(data, part, 0)).mean()
-                total, logs = total + settings.gan_weight * fooled, logs | {"loss_gan": fooled.item()}
-            return total, {"latent_mean": data.detach().mean().item(), "latent_std": data.detach().std().item(), **logs}
+                total, logs = total + settings.gan_weight * fooled, logs | {"loss_gan": fooled}
+            return total, {"latent_mean": data.detach().mean(), "latent_std": data.detach().std(), **logs}
 
         parameters = trainable(self.student)
         logs = mean_logs(batch_gradient(parameters, batch, settings.micro_batch, loss))
@@ -95,8 +96,8 @@ class DMD2Recipe:
     @torch.no_grad()
     def _teacher_std(self) -> float:
         """Standard deviation of latents that the guided teacher draws in the student's steps."""
-        batch = self._batch(0, 0).split(self.settings.micro_batch)[0]
-        noise = keyed_normal((*self.key, 8, 0), batch.positions, tuple(batch.condition.shape[1:]))
+        batch = self._batch(0, 0).split(self.settings.micro_batch)[0].to(self.device)
+        noise = keyed_normal((*self.key, 8, 0), batch.positions, tuple(batch.condition.shape[1:]), self.device)
         return sample(batch.guided(self.teacher, self.settings), noise, self._sigmas(batch)).std().item()
 
     def _sigmas(self, batch: Batch) -> list[float]:
@@ -112,7 +113,7 @@ class DMD2Recipe:
     def _student_data(self, batch: Batch, index: int, number: int, *, gradient: bool) -> torch.Tensor:
         """Backward simulation: run the student's own steps to a drawn exit, then one step to the clean estimate."""
         exit_index = int(keyed_uniform((*self.key, 7, number), [index], 1).item() * self.settings.student_steps)
-        x = keyed_normal((*self.key, 8, number), batch.positions, tuple(batch.condition.shape[1:]))
+        x = keyed_normal((*self.key, 8, number), batch.positions, tuple(batch.condition.shape[1:]), self.device)
         sigmas = self._sigmas(batch)
         with torch.no_grad():
             for sigma, following in zip(sigmas[:exit_index], sigmas[1 : exit_index + 1], strict=True):
@@ -126,18 +127,18 @@ class DMD2Recipe:
         settings = self.settings
         batch = self._batch(index, 1 + number)
 
-        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             data = self._student_data(part, index, 1 + number, gradient=False)
-            noise = keyed_normal((*self.key, 9, number), part.positions, tuple(data.shape[1:]))
-            times = keyed_uniform((*self.key, 10, number), part.positions, 1)[:, 0]
+            noise = keyed_normal((*self.key, 9, number), part.positions, tuple(data.shape[1:]), self.device)
+            times = keyed_uniform((*self.key, 10, number), part.positions, 1, self.device)[:, 0]
             velocity = self._predict(self.fake, interpolate(data, noise, times), times, part)
             matched = ((velocity - (noise - data)) ** 2).mean()
             if not settings.gan_weight:
-                return matched, {"loss_fake": matched.item()}
+                return matched, {"loss_fake": matched}
             drawn, real = self._logits(data, part, 1 + number), self._logits(part.latents, part, 1 + number)
             told_apart = F.softplus(drawn).mean() + F.softplus(-real).mean()
             right = ((drawn < 0).float().mean() + (real > 0).float().mean()) / 2
-            logs = {"loss_fake": matched.item(), "loss_discriminator": told_apart.item(), "discriminator_accuracy": right.item()}
+            logs = {"loss_fake": matched, "loss_discriminator": told_apart, "discriminator_accuracy": right}
             return matched + settings.gan_fake_weight * told_apart, logs
 
         logs = mean_logs(batch_gradient(self.scored_by, batch, settings.micro_batch, loss))
@@ -146,30 +147,30 @@ class DMD2Recipe:
 
     def _logits(self, data: torch.Tensor, batch: Batch, number: int) -> torch.Tensor:
         """The discriminator's logits [B] of rows noised to drawn times; data and the student's rows are noised alike."""
-        times = self.settings.gan_time_high * keyed_uniform((*self.key, 13, number), batch.positions, 1)[:, 0]
-        noise = keyed_normal((*self.key, 14, number), batch.positions, tuple(data.shape[1:]))
+        times = self.settings.gan_time_high * keyed_uniform((*self.key, 13, number), batch.positions, 1, self.device)[:, 0]
+        noise = keyed_normal((*self.key, 14, number), batch.positions, tuple(data.shape[1:]), self.device)
         return self.discriminator(middle_features(self.fake, interpolate(data, noise, times), times, batch, self.settings.precision))
 
     @torch.no_grad()
     def _matching_gradient(
         self, data: torch.Tensor, batch: Batch, index: int
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The gradient at a drawn score time: descending it pulls the student to the guided teacher."""
         settings = self.settings
         span = settings.score_time_high - settings.score_time_low
-        drawn = settings.score_time_low + span * keyed_uniform((*self.key, 11), batch.positions, 1)[:, 0]
+        drawn = settings.score_time_low + span * keyed_uniform((*self.key, 11), batch.positions, 1, self.device)[:, 0]
         times = shifted(drawn, settings.score_time_shift).clamp(settings.score_time_low, settings.score_time_high)
-        noise = keyed_normal((*self.key, 12), batch.positions, tuple(data.shape[1:]))
+        noise = keyed_normal((*self.key, 12), batch.positions, tuple(data.shape[1:]), self.device)
         x = interpolate(data, noise, times)
         guided = batch.guided(self.teacher, settings)
         real = data_from_velocity(x, guided(x, times), times)
         fake = data_from_velocity(x, self._predict(self.fake, x, times, batch), times)
         gradient = matching_gradient(data, real, fake)
-        logs = {"teacher_gap": (data - real).abs().mean().item(), "score_gap": (fake - real).abs().mean().item()}
+        logs = {"teacher_gap": (data - real).abs().mean(), "score_gap": (fake - real).abs().mean()}
         return gradient, logs
 
     def _velocity(self, unet: DreamLiteUNetModel, x: torch.Tensor, sigma: float, batch: Batch) -> torch.Tensor:
-        return self._predict(unet, x, torch.full((len(x),), sigma), batch)
+        return self._predict(unet, x, torch.full((len(x),), sigma, device=x.device), batch)
 
     def _predict(self, unet: DreamLiteUNetModel, x: torch.Tensor, times: torch.Tensor, batch: Batch) -> torch.Tensor:
         return predict(unet, x, times, batch.condition, batch.text, batch.size_px, self.settings.precision)

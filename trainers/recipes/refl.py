@@ -35,7 +35,7 @@ class ReFLRecipe:
         second_scorers: dict[str, Scorer] | None = None,
     ) -> None:
         self.unet, self.vae, self.rewards, self.rows = unet.train(), vae, rewards, rows
-        self.settings, self.key = settings, key
+        self.settings, self.key, self.device = settings, key, trainable(unet)[0].device
         self.reference = frozen_copy(unet)
         self.plans = {task: Plan(rows.pools(), {task: 1.0}, settings.batch, key) for task in ("generate", "edit")}
         optimizer = torch.optim.AdamW(trainable(unet), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
@@ -56,7 +56,7 @@ class ReFLRecipe:
         exit_index = exits[int(draw * len(exits))]
         mean, spread = self.baseline[task]
 
-        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        def loss(part: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             x, t, velocity, data = self._estimate(self.unet, part, exit_index)
             images, sources = decode01(self.vae, data), self._sources(task, part)
             reward = self.rewards[task].differentiable(images, [row.text for row in part.rows], *sources)
@@ -71,11 +71,11 @@ class ReFLRecipe:
                 total = total + settings.norm_guard_weight * F.relu(ratios - 1).mean()
             measures = picture_measures(images) | ({"change_outside_edit": change_outside_edit(images, *sources, part.weight)} if sources else {})
             return total, {
-                f"reward_{task}": reward.mean().item(),
-                f"reward_{task}_scaled": scaled.mean().item(),
+                f"reward_{task}": reward.mean(),
+                f"reward_{task}_scaled": scaled.mean(),
                 "active_share": active,
-                "drift": drift.item(),
-                "velocity_norm_ratio": ratios.mean().item(),
+                "drift": drift,
+                "velocity_norm_ratio": ratios.mean(),
                 **{f"{name}_{task}": value for name, value in measures.items()},
             }
 
@@ -93,7 +93,7 @@ class ReFLRecipe:
     @torch.no_grad()
     def _compare(self, task: str, batch: Batch) -> dict[str, float]:
         """Both scorers on images of this model and of the start model, of the same prompts and noise."""
-        drawn = []
+        batch, drawn = batch.to(self.device), []
         for unet in (self.unet, self.reference):
             parts = batch.split(self.settings.micro_batch)
             drawn.append(torch.cat(list(map_threads(lambda part, unet=unet: self._estimate(unet, part, self._exits(part)[-1])[-1], parts))))
@@ -109,7 +109,7 @@ class ReFLRecipe:
     def _estimate(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> tuple[torch.Tensor, ...]:
         """(x, t, velocity, clean estimate) at step `stop` of the rollout; only the last network call has a graph."""
         x = self._rollout(unet, batch, stop)
-        t = torch.full((len(x),), self._sigmas(batch)[stop])
+        t = torch.full((len(x),), self._sigmas(batch)[stop], device=x.device)
         velocity = self._predict(unet, x, t, batch)
         return x, t, velocity, data_from_velocity(x, velocity, t)
 
@@ -117,7 +117,7 @@ class ReFLRecipe:
     def _rollout(self, unet: DreamLiteUNetModel, batch: Batch, stop: int) -> torch.Tensor:
         """Guided Euler steps 0..stop-1 exactly as deployed."""
         velocity, sigmas = batch.guided(unet, self.settings), self._sigmas(batch)
-        x = keyed_normal((*self.key, 6), batch.positions, tuple(batch.condition.shape[1:]))
+        x = keyed_normal((*self.key, 6), batch.positions, tuple(batch.condition.shape[1:]), batch.device)
         for sigma, following in zip(sigmas[:stop], sigmas[1 : stop + 1], strict=True):
             x = x + (following - sigma) * velocity(x, sigma)
         return x
@@ -156,20 +156,20 @@ class ReFLRecipe:
             *_, data = self._estimate(self.reference, part, self._exits(part)[-1])
             return self._reward(task, part, data)
 
-        batches = [self._batch(task, 2 * index) for index in range(BASELINE_BATCHES)]
+        batches = [self._batch(task, 2 * index).to(self.device) for index in range(BASELINE_BATCHES)]
         parts = [part for batch in batches for part in batch.split(self.settings.micro_batch)]
         joined = torch.cat(list(map_threads(score, parts)))
         return joined.mean().item(), max(joined.std().item(), 1e-3)
 
 
-def hinge_loss(reward: torch.Tensor, side: str, margin: float) -> tuple[torch.Tensor, float]:
+def hinge_loss(reward: torch.Tensor, side: str, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, active share). `cap`: mean max(0, b - r), pushes until b (the original ReFL shape); `above`: the
     literal -max(0, r - b), whose gradient exists only above b; `none`: -r."""
     if side == "cap":
-        return F.relu(margin - reward).mean(), (reward < margin).float().mean().item()
+        return F.relu(margin - reward).mean(), (reward < margin).float().mean()
     if side == "above":
-        return -F.relu(reward - margin).mean(), (reward > margin).float().mean().item()
-    return -reward.mean(), 1.0
+        return -F.relu(reward - margin).mean(), (reward > margin).float().mean()
+    return -reward.mean(), reward.new_ones(())
 
 
 def norm_ratios(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

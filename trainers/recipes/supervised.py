@@ -48,9 +48,9 @@ class SupervisedRecipe:
         times = dict(zip(batch.positions, drawn, strict=True))
 
         def loss(part: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            chosen = torch.stack([times[position] for position in part.positions])
+            chosen = torch.stack([times[position] for position in part.positions]).to(part.device)
             per_row = velocity_losses(self.unet, part, chosen, settings, self.key)
-            return per_row.mean(), {"per_row": per_row.detach()}
+            return per_row.mean(), {"per_row": per_row}
 
         parameters = trainable(self.unet)
         per_row = torch.cat([logs["per_row"] for logs in batch_gradient(parameters, batch, micro_batch, loss)])
@@ -103,7 +103,7 @@ def velocity_losses(
     unet: DreamLiteUNetModel, batch: Batch, times: torch.Tensor, settings: SupervisedSettings, key: tuple[int, ...]
 ) -> torch.Tensor:
     """Flow-matching loss of each row [B]: mean over the left panel of weight x (v - (noise - data))^2."""
-    noise = keyed_normal((*key, 2), batch.positions, tuple(batch.latents.shape[1:]))
+    noise = keyed_normal((*key, 2), batch.positions, tuple(batch.latents.shape[1:]), batch.device)
     x = interpolate(batch.latents, noise, times)
     velocity = predict(unet, x, times, batch.condition, batch.text, batch.size_px, settings.precision)
     squared = (velocity - (noise - batch.latents)) ** 2
