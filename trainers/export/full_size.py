@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ TEXT_WIDTH, SEQUENCE_TOKENS, LATENT_CHANNELS, SCALE = 2048, 128, 4, 8
 def measure_full_size(folder: Path, size_px: int, variants: Sequence[Variant], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Export the 0.39 B UNet for `size_px` in every variant, and the VAE, into `folder`; one row a graph.
 
-    Row: graph, variant, megabytes, limit_mb, export_s, export_peak_mb, call_s, call_peak_mb, psnr_db, ok. The text encoder (2 B) is not
-    among them: a bundle names it and does not carry it.
+    Row: graph, variant, megabytes, limit_mb, export_s, export_cpu_s, export_peak_mb, call_s, call_cpu_s, call_peak_mb, psnr_db, ok; _s by
+    the clock, _cpu_s of the processor alone, which a busy machine does not stretch. The text encoder (2 B) is not among them: a bundle
+    names it and does not carry it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -60,29 +62,38 @@ def _row(
 ) -> dict[str, Any]:
     megabytes = path.stat().st_size / 1e6
     row = {"graph": graph, "variant": variant, "megabytes": round(megabytes, 1), "limit_mb": limit, "export_s": export["seconds"],
-           "export_peak_mb": export["peak_mb"]}  # fmt: skip
+           "export_cpu_s": export["cpu_seconds"], "export_peak_mb": export["peak_mb"]}  # fmt: skip
     good = limit is None or megabytes <= limit
     if call is not None:
-        row |= {"call_s": call["seconds"], "call_peak_mb": call["peak_mb"], "psnr_db": call["psnr_db"]}
+        row |= {"call_s": call["seconds"], "call_cpu_s": call["cpu_seconds"], "call_peak_mb": call["peak_mb"], "psnr_db": call["psnr_db"]}
         good = good and call["psnr_db"] >= LEAST_DB[variant]
     return row | {"ok": good}
 
 
 def _alone(say: Callable[[str], None], name: str, work: Callable[..., dict[str, float]], *inputs: Any) -> dict[str, float]:
-    """`work` in a process of its own, with the seconds and peak memory (MB) it took there, where it does not say its own seconds."""
+    """`work` in a process of its own, with the seconds and peak memory (MB) it took there, where it does not say its own seconds.
+
+    ValueError where the system ends that process, which it does when memory runs out.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(_measured, work, inputs).result()
-    say(f"{name}: {found['seconds']:.1f} s, {found['peak_mb']:.0f} MB of memory at most")
+        try:
+            found = pool.submit(_measured, work, inputs).result()
+        except BrokenProcessPool:
+            raise ValueError(
+                f"the process of '{name}' was ended from outside, most likely for want of memory: float graphs take 8 GB, int8 more than "
+                "13 GB; free some, or choose other graphs with --variant."
+            ) from None
+    say(f"{name}: {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} s of the processor, {found['peak_mb']:.0f} MB of memory at most")
     return found
 
 
 def _measured(work: Callable[..., dict[str, float]], inputs: tuple[Any, ...]) -> dict[str, float]:
     torch.set_num_threads(1)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     found = work(*inputs)
+    took = {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu_began, 1)}
     # Linux counts ru_maxrss in KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": round(time.perf_counter() - began, 1), "peak_mb": round(peak), **found}
+    return {**took, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), **found}
 
 
 def _official(size_px: int) -> DreamLiteUNetModel:
@@ -143,12 +154,13 @@ def _shrink_unet(folder: Path, variant: Variant) -> dict[str, float]:
 
 
 def _call_unet(folder: Path, path: Path, variant: Variant) -> dict[str, float]:
-    """Seconds and PSNR of one call against torch's."""
+    """Seconds of one call and its PSNR against torch's."""
     feed, velocity = _stored_call(folder)
     ready = session(path, entries=SESSION_OPTIONS if variant == "int8" else {})
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     found = ready.run(None, feed)[0]
-    return {"seconds": round(time.perf_counter() - began, 2), "psnr_db": difference(velocity, found)["psnr_db"]}
+    took = {"seconds": round(time.perf_counter() - began, 2), "cpu_seconds": round(time.process_time() - cpu_began, 2)}
+    return {**took, "psnr_db": difference(velocity, found)["psnr_db"]}
 
 
 def _stored_call(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -175,6 +175,7 @@ def _pointwise(node: onnx.NodeProto, shape: list[int]) -> bool:
 def drop_unused(model: onnx.ModelProto) -> None:
     """Remove constants that no node reads."""
     read = {name for node in model.graph.node for name in node.input} | {port.name for port in model.graph.output}
-    unread = [tensor for tensor in model.graph.initializer if tensor.name not in read]
-    for tensor in unread:
-        model.graph.initializer.remove(tensor)
+    # By place, from the end: remove() compares whole tensors until it meets the one it looks for.
+    for place in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[place].name not in read:
+            del model.graph.initializer[place]
