@@ -53,7 +53,8 @@ def measure_full_size(folder: Path, size_px: int, variants: Sequence[Variant], s
         path = folder / ("unet.onnx" if variant == "fp32" else f"unet_{variant}.onnx")
         export = first if variant == "fp32" else _alone(say, f"unet {variant}", _shrink_unet, folder, variant)
         call = _alone(say, f"unet {variant}, one call", _call_unet, folder, path, variant)
-        rows.append(_row(path, "unet", variant, LIMITS_MB[variant], export, call))
+        rows.append(row := _row(path, "unet", variant, LIMITS_MB[variant], export, call))
+        say(f"unet {variant}: {row['megabytes']} MB, {row['psnr_db']} dB against torch, {'as it should be' if row['ok'] else 'SHORT'}")
     return rows
 
 
