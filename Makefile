@@ -18,7 +18,7 @@ venv: .venv/.stamp  ## the environment, exactly as tested
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c infra/constraints.txt dashscope  # ranks of the true tokenizer, for tests
 	touch $@
 
-retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|paper LAKE=lake
+retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|mini-long|paper LAKE=lake
 	$(BIN)/dreamlite retrain --preset $(PRESET) --lake $(LAKE)
 
 PYTEST := $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile

@@ -7,7 +7,7 @@ from flows.engine import until_step
 from flows.retrain import retrain_steps
 
 
-@pytest.mark.parametrize("name", ["smoke", "mini", "paper", "finetune"])
+@pytest.mark.parametrize("name", ["smoke", "mini", "mini-long", "paper", "finetune"])
 def test_every_shipped_preset_is_valid_and_named(name):
     assert name in presets()
     assert load_config(name).preset == name
