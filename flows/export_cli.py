@@ -45,7 +45,7 @@ def export_size(
 ) -> None:
     """Export the 0.39 B network with random weights: megabytes against their limits, seconds, memory, one call beside torch.
 
-    For a nightly job: fp32 and fp16 take some five minutes of one core and 8.2 GB of memory, int8 more than 13 GB.
+    For a nightly job: all graphs take some ten minutes of one core; int8 takes 17 GB of memory, the others up to 8.2 GB.
     """
     with clear_errors():
         from typing import get_args

@@ -81,8 +81,8 @@ def _alone(say: Callable[[str], None], name: str, work: Callable[..., dict[str, 
             found = pool.submit(_measured, work, inputs).result()
         except BrokenProcessPool:
             raise ValueError(
-                f"the process of '{name}' was ended from outside, most likely for want of memory: float graphs take 8 GB, int8 more than "
-                "13 GB; free some, or choose other graphs with --variant."
+                f"the process of '{name}' was ended from outside, most likely for want of memory: float graphs take 8 GB, int8 takes "
+                "17 GB; free some, or choose other graphs with --variant."
             ) from None
     say(f"{name}: {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} s of the processor, {found['peak_mb']:.0f} MB of memory at most")
     return found
