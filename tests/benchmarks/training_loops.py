@@ -3,9 +3,9 @@ As a program it prints the peak memory that a few steps of one of them add to th
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -90,10 +90,16 @@ def main(name: str) -> None:
     """Memory of the process grows to its peak within the first steps; what the loaded model takes is not counted."""
     step = {"ours": ours, "diffusers": of_diffusers}[name]()
     parallel.use_threads(2 if name == "ours" else 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far, which loading may have set
+    before = _kibibytes("VmRSS")
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print((_kibibytes("VmHWM") - before) * 1024)
+
+
+def _kibibytes(name: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1])
 
 
 if __name__ == "__main__":
