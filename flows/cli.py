@@ -33,7 +33,10 @@ app.add_typer(parts_cli.app, name="parts")
 app.add_typer(finetune_cli.app)
 
 Preset = Annotated[
-    str, typer.Option("--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), mini-long (an hour), paper (0.39 B), or a .yaml file.")
+    str,
+    typer.Option(
+        "--preset", "-p", help="Configuration to run: smoke (minutes), mini (default), mini-long (an hour), paper (0.39 B), or a .yaml file."
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override one setting, e.g. --set train.t2i.steps=200. May be repeated.")

@@ -134,9 +134,10 @@ def peak_flops(device: torch.device) -> float | None:
 def forwards_per_sample(settings: StageSettings, side: int) -> float:
     """Work of the UNets for one sample of a global batch, in forward passes of one UNet; recomputation is not counted.
 
-    supervised: forward and backward, 3; with an adapter 2, since frozen weights need no gradient. ReFL: a guided rollout to the drawn step, 3 for that step, 1 for the frozen start model.
+    supervised: forward and backward, 3. ReFL: a guided rollout to the drawn step, 3 for that step, 1 for the frozen start model.
     DMD2: the student's own steps and 3 with gradient, guided teacher and fake score; and `fake_steps` times its own steps,
-    a clean estimate and 3 for the fake. Half of the rows are edits, which have one guidance branch more.
+    a clean estimate and 3 for the fake. Each 3 is 2 with an adapter, for frozen weights need no gradient. Half of the rows are
+    edits, which have one guidance branch more.
     """
     with_gradient = 1 + (BACKWARD if settings.lora is None else BACKWARD / 2)
     if isinstance(settings, SupervisedSettings):

@@ -120,7 +120,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no {FACTS_FILE}: it is not a checkpoint of this project")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def save_checkpoint(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from tests.trainers.synthetic import SceneRows
 from trainers import parallel
 from trainers.components.build import PACKAGED
 from trainers.conditioning import PromptEncoder
+from trainers.export.rerun import memory_mb, reset_peak
 from trainers.flow import predict
 from trainers.model import build_unet, load_vae
 from trainers.pixels import to_tensor
@@ -90,16 +90,12 @@ def main(name: str) -> None:
     """Memory of the process grows to its peak within the first steps; what the loaded model takes is not counted."""
     step = {"ours": ours, "diffusers": of_diffusers}[name]()
     parallel.use_threads(2 if name == "ours" else 1)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far, which loading may have set
-    before = _kibibytes("VmRSS")
+    if not reset_peak():  # loading may have set it
+        raise OSError("this system cannot start a process's memory peak anew, which only Linux can")
+    before = memory_mb("VmRSS")
     for _ in range(3):
         step()
-    print((_kibibytes("VmHWM") - before) * 1024)
-
-
-def _kibibytes(name: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1])
+    print(round((memory_mb("VmHWM") - before) * 2**20))
 
 
 if __name__ == "__main__":

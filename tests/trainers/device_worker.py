@@ -144,9 +144,6 @@ class Cases:
             supervised.keyed_normal = moved
 
 
-CASES = ("two_branches", "three_branches", "evaluation", "stage", "adamw", "muon", "adapter", "refl", "dmd2")
-
-
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
     """Named tensors, arrays and plain values in nested containers, tensors on the CPU."""
     if isinstance(value, dict):
@@ -183,8 +180,8 @@ def said(case: Callable[[], Any]) -> str:
     return ""
 
 
-def main(components: Path, lake: Path, folder: Path, names: tuple[str, ...] = CASES) -> None:
-    """Every case, one after the other: one that fails does not end the others."""
+def main(components: Path, lake: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """The named `Cases`, one after the other: one that fails does not end the others."""
     parallel.use_threads(1)
     torch.nn.functional.silu = lambda x, inplace=False: x * torch.sigmoid(x)  # the same backward pass on both, see `PretendedTensor`
     cases, results = Cases(components, lake, folder), {}
@@ -201,4 +198,4 @@ def main(components: Path, lake: Path, folder: Path, names: tuple[str, ...] = CA
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *([tuple(sys.argv[4:])] if sys.argv[4:] else []))
+    main(*map(Path, sys.argv[1:4]), tuple(sys.argv[4:]))

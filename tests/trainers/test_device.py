@@ -23,6 +23,7 @@ from trainers.execution import TrainExecution
 from trainers.settings import ModelSettings, ReFLSettings, SupervisedSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+CASES = ("two_branches", "three_branches", "evaluation", "stage", "adamw", "muon", "adapter", "refl", "dmd2")
 
 
 @pytest.fixture
@@ -103,13 +104,10 @@ def found(components: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """What the program found, by case."""
     folder = tmp_path_factory.mktemp("devices")
     caption_lake(folder / "lake")
-    command = [sys.executable, "-m", "tests.trainers.device_worker", str(components), str(folder / "lake"), str(folder)]
+    command = [sys.executable, "-m", "tests.trainers.device_worker", str(components), str(folder / "lake"), str(folder), *CASES]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DREAMLITE_PROGRESS": "0"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=1800)
     return json.loads((folder / "results.json").read_text())
-
-
-CASES = ("two_branches", "three_branches", "evaluation", "stage", "adamw", "muon", "adapter", "refl", "dmd2")
 
 
 @pytest.mark.thorough

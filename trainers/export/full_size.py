@@ -90,11 +90,16 @@ def _alone(say: Callable[[str], None], name: str, work: Callable[..., dict[str, 
 
 def _measured(work: Callable[..., dict[str, float]], inputs: tuple[Any, ...]) -> dict[str, float]:
     torch.set_num_threads(1)
-    began, cpu_began = time.perf_counter(), time.process_time()
-    found = work(*inputs)
-    took = {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu_began, 1)}
+    found, took = _timed(lambda: work(*inputs), 1)
     # Linux counts ru_maxrss in KiB.
     return {**took, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), **found}
+
+
+def _timed(work: Callable[[], Any], digits: int) -> tuple[Any, dict[str, float]]:
+    """What `work` returns, and the seconds it took by the clock and of the processor."""
+    began, cpu_began = time.perf_counter(), time.process_time()
+    found = work()
+    return found, {"seconds": round(time.perf_counter() - began, digits), "cpu_seconds": round(time.process_time() - cpu_began, digits)}
 
 
 def _official(size_px: int) -> DreamLiteUNetModel:
@@ -158,9 +163,7 @@ def _call_unet(folder: Path, path: Path, variant: Variant) -> dict[str, float]:
     """Seconds of one call and its PSNR against torch's."""
     feed, velocity = _stored_call(folder)
     ready = session(path, entries=SESSION_OPTIONS if variant == "int8" else {})
-    began, cpu_began = time.perf_counter(), time.process_time()
-    found = ready.run(None, feed)[0]
-    took = {"seconds": round(time.perf_counter() - began, 2), "cpu_seconds": round(time.process_time() - cpu_began, 2)}
+    found, took = _timed(lambda: ready.run(None, feed)[0], 2)
     return {**took, "psnr_db": difference(velocity, found)["psnr_db"]}
 
 

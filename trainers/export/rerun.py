@@ -71,13 +71,13 @@ def _parity(
 def _costs(bundle: Path, variant: str, samples: list[Samples], threads: int) -> Iterator[Check]:
     """Seconds of one call with one image, and how much more memory the process takes while it loads and runs the part, per part."""
     for part, call in _calls(bundle, variant, samples, threads).items():
-        before = _memory_mb("VmRSS") if _reset_peak() else None
+        before = memory_mb("VmRSS") if reset_peak() else None
         runner = Runner(bundle, variant, threads)
         call(runner)
         best = min(_timed(lambda call=call, runner=runner: call(runner)) for _ in range(3))
         yield Check(f"{part} {variant}", "seconds", f"{best:.4f}")
         if before is not None:
-            yield Check(f"{part} {variant}", "peak memory", f"+{max(_memory_mb('VmHWM') - before, 0):.0f} MB")
+            yield Check(f"{part} {variant}", "peak memory", f"+{max(memory_mb('VmHWM') - before, 0):.0f} MB")
 
 
 def _calls(bundle: Path, variant: str, samples: list[Samples], threads: int) -> dict[str, Callable[[Runner], Any]]:
@@ -102,7 +102,7 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     """Start this process's memory peak anew; False where the system has no such switch (it is Linux's)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -111,7 +111,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _memory_mb(field: str) -> float:
+def memory_mb(field: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process on Linux."""
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(match[1]) / 1024 if match else 0.0
