@@ -4,6 +4,7 @@ Composes the settings that the data and trainer packages define; adds only seed,
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,20 +127,12 @@ def presets() -> list[str]:
 def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> PipelineConfig:
     """The validated configuration of a preset (a name, or a path to a YAML file) with 'a.b.c=value' overrides.
 
-    Raises ConfigError with one sentence per mistake.
+    What a file does not say is taken from the preset that its `extends` names, if it names one. Raises ConfigError with one
+    sentence per mistake.
     """
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            f"no preset '{preset}': give one of {', '.join(presets())}, or the path of a .yaml file{_did_you_mean(preset, presets())}"
-        )
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings as 'name: value', it holds {type(values).__name__}")
-    values.setdefault("preset", path.stem)
+    files = _files(preset)
+    values = functools.reduce(_over, [own for _, own in reversed(files)])
+    values["preset"] = files[0][1].get("preset", files[0][0].stem)
     from_command: dict[str, str] = {}
     for text in overrides:
         dotted, equals, value = text.partition("=")
@@ -148,7 +141,7 @@ def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> Pipeline
             raise ConfigError(f"--set '{text}' is not of the form name.of.setting=value")
         from_command[dotted] = text
         _put(values, dotted, yaml.safe_load(value) if value else None, text)
-    where = _Where(path, from_command)
+    where = _Where(files, from_command)
     if unknown := [_unknown_sentence(name, where) for name in _unknown(values, PipelineConfig)]:
         raise ConfigError("\n".join(unknown))
     try:
@@ -158,18 +151,62 @@ def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> Pipeline
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
+def _files(preset: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The file of a preset and what it holds, then those of the preset that it extends, and so on."""
+    files: list[tuple[Path, dict[str, Any]]] = []
+    named: str | None = preset
+    while named is not None:
+        path = Path(named) if named.endswith((".yaml", ".yml")) else PRESETS / f"{named}.yaml"
+        if not path.is_file():
+            by = f", which {files[-1][0].name} extends" if files else ""
+            raise ConfigError(
+                f"no preset '{named}'{by}: give one of {', '.join(presets())}, or the path of a .yaml file{_did_you_mean(named, presets())}"
+            )
+        if path.resolve() in [known.resolve() for known, _ in files]:
+            raise ConfigError(f"{path} extends itself: {' -> '.join(known.name for known, _ in files)} -> {path.name}")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold settings as 'name: value', it holds {type(values).__name__}")
+        base = values.pop("extends", None)
+        files.append((path, values))
+        named = None if base is None else str(path.parent / str(base)) if str(base).endswith((".yaml", ".yml")) else str(base)
+    return files
+
+
+def _over(base: Any, own: Any) -> Any:
+    """Settings with another file's over them: groups are joined name by name, everything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    return base | {name: _over(base.get(name), value) for name, value in own.items()}
+
+
 @dataclass(frozen=True)
 class _Where:
     """Says in which file or on which part of the command line a setting was written."""
 
-    path: Path
+    files: list[tuple[Path, dict[str, Any]]]
     from_command: dict[str, str]
 
     def of(self, dotted: str) -> str:
         command = next(
             (text for name, text in self.from_command.items() if f"{dotted}.".startswith(f"{name}.") or name.startswith(f"{dotted}.")), None
         )
-        return f"in --set '{command}'" if command else f"in {self.path.name}"
+        return f"in --set '{command}'" if command else f"in {self.file(dotted)}"
+
+    def file(self, dotted: str) -> str:
+        """The name of the first file that says anything of a setting, else of the preset's own."""
+
+        def says(values: Any) -> bool:
+            for name in dotted.split("."):
+                if not isinstance(values, dict) or name not in values:
+                    return isinstance(values, list)  # lists are of one file
+                values = values[name]
+            return True
+
+        return next((path.name for path, values in self.files if says(values)), self.files[0][0].name)
 
 
 def _unknown(values: Any, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -221,7 +258,7 @@ def _sentence(item: Any, where: _Where) -> str:
     dotted = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if not dotted:
-        return f"{message} ({where.path.name})"
+        return f"{message} ({where.files[0][0].name})"
     given = "" if item["type"] == "missing" or isinstance(item["input"], (dict, list)) else f", not {item['input']!r}"
     return f"setting '{dotted}' {where.of(dotted)}: {message[0].lower() + message[1:]}{given}"
 

@@ -71,6 +71,33 @@ def test_broken_yaml_and_unknown_preset_are_said_plainly(tmp_path):
         load_config("mini2")
 
 
+def test_a_file_says_what_is_other_than_in_the_preset_that_it_extends(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: mini\nseed: 5\ntrain: {edit: null, t2i: {steps: 9}}\ngates: []\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {t2i: {batch: 4}, sft: {lora: {rank: 2}}}\n")
+    mini, mine = load_config("mini"), load_config(str(tmp_path / "mine.yaml"), ["train.sft.steps=3"])
+    assert (mine.preset, mine.seed, mine.gates, mine.train.edit) == ("mine", 5, [], None)
+    assert (mine.train.t2i.steps, mine.train.t2i.batch) == (9, 4)
+    assert mine.train.t2i.model_copy(update={"steps": mini.train.t2i.steps, "batch": mini.train.t2i.batch}) == mini.train.t2i
+    assert (mine.train.sft.lora.rank, mine.train.sft.steps) == (2, 3) and mine.refresh == mini.refresh
+
+
+def test_an_error_is_named_by_the_file_that_makes_it(tmp_path):
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("extends: mini\ntrain: {t2i: {steps: -1}}\n")
+    mine.write_text("extends: base.yaml\ntrain: {t2i: {bach: 4}}\n")
+    with pytest.raises(ConfigError, match="unknown setting 'train.t2i.bach' in mine.yaml"):
+        load_config(str(mine))
+    mine.write_text("extends: base.yaml\n")
+    with pytest.raises(ConfigError, match="setting 'train.t2i.steps' in base.yaml"):
+        load_config(str(mine))
+    base.write_text("extends: mine.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself: mine.yaml -> base.yaml -> mine.yaml"):
+        load_config(str(mine))
+    base.write_text("extends: minni\n")
+    with pytest.raises(ConfigError, match="no preset 'minni', which base.yaml extends.*did you mean 'mini'"):
+        load_config(str(mine))
+
+
 def test_setting_names_are_the_ones_that_set_takes():
     names = set(setting_names())
     assert {"seed", "refresh.scenes.t2i_rows", "train.dmd2.steps", "exec.engine"} <= names
