@@ -154,11 +154,14 @@ class RewardModel:
         return patchify(values, self.patch, self.merge, self.temporal), grid
 
     def _score_batch(self, packed: PackedRows, batch: np.ndarray) -> Tensor:
-        patches, grids = [], []
-        for pixels in packed.images_of(batch):
-            values = normalise_pixels(pixels, self.spec.image_mean, self.spec.image_std)
-            patches.append(patchify(values[None], self.patch, self.merge, self.temporal)[0])
-            grids.append((pixels.shape[0] // self.patch, pixels.shape[1] // self.patch))
+        images = packed.images_of(batch)
+        grids = [(pixels.shape[0] // self.patch, pixels.shape[1] // self.patch) for pixels in images]
+        patches: list[Tensor] = [torch.empty(0)] * len(images)
+        for grid in set(grids):  # images of one size together: one call instead of one for each
+            same = [number for number, each in enumerate(grids) if each == grid]
+            values = normalise_pixels(np.stack([images[number] for number in same]), self.spec.image_mean, self.spec.image_std)
+            for number, found in zip(same, patchify(values, self.patch, self.merge, self.temporal), strict=True):
+                patches[number] = found
         features = self.network.image_features(patches, grids)
         text = PackedText.pack(packed.texts_of(batch), self.tokenizer.padding_id)
         return self.network(features, text.to(self.network.device))

@@ -4,8 +4,10 @@ Scoring, ReFL and the training of small-world rewards all run this forward pass.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLModel, Qwen2VLModel
@@ -37,24 +39,21 @@ class PackedText:
     reward_index: Tensor
 
     @classmethod
-    def pack(cls, rows: list[tuple[list[int], list[list[int]]]], padding_id: int) -> PackedText:
+    def pack(cls, rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], padding_id: int) -> PackedText:
         """Pack (trunk ids, ids of each branch) rows, padded on the right; every row has the same number of branches."""
-        length = max(len(trunk) + sum(map(len, branches)) for trunk, branches in rows)
-        ids = torch.full((len(rows), length), padding_id)
-        positions = torch.zeros((len(rows), length), dtype=torch.int64)
-        branch = torch.full((len(rows), length), PADDING)
-        reward_index = torch.zeros((len(rows), len(rows[0][1])), dtype=torch.int64)
+        shape = (len(rows), max(len(trunk) + sum(map(len, branches)) for trunk, branches in rows))
+        ids, positions, branch = np.full(shape, padding_id), np.zeros(shape, np.int64), np.full(shape, PADDING)
+        reward_index = np.zeros((len(rows), len(rows[0][1])), np.int64)
         for row, (trunk, branches) in enumerate(rows):
-            sequence, place, member = list(trunk), list(range(len(trunk))), [TRUNK] * len(trunk)
-            for number, part in enumerate(branches):
-                sequence += part
-                place += range(len(trunk), len(trunk) + len(part))
-                member += [number + 1] * len(part)
-                reward_index[row, number] = len(sequence) - 1
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            positions[row, : len(sequence)] = torch.tensor(place)
-            branch[row, : len(sequence)] = torch.tensor(member)
-        return cls(ids, positions, branch, reward_index)
+            stop = 0
+            for member, part in enumerate([trunk, *branches]):
+                start, stop = stop, stop + len(part)
+                first = 0 if member == TRUNK else len(trunk)
+                ids[row, start:stop], branch[row, start:stop] = part, member
+                positions[row, start:stop] = np.arange(first, first + len(part))
+                if member != TRUNK:
+                    reward_index[row, member - 1] = stop - 1
+        return cls(*map(torch.from_numpy, (ids, positions, branch, reward_index)))
 
     def to(self, device: torch.device | str) -> PackedText:
         """The same batch on `device`."""

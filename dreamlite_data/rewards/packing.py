@@ -4,6 +4,7 @@ The other half, `RewardModel.score_packed`, sees nothing but these arrays."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,13 @@ class PackedRows:
         volumes = self.sizes.astype(np.int64).prod(-1) * 3
         return np.concatenate([[0], volumes.ravel().cumsum()[:-1]]).reshape(volumes.shape) if volumes.size else volumes
 
-    def texts_of(self, batch: np.ndarray) -> list[tuple[list[int], list[list[int]]]]:
+    def texts_of(self, batch: np.ndarray) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """(trunk ids, ids of each branch) of these rows."""
         starts = np.concatenate([[0], self.n_tokens.cumsum()])
         found = []
         for row in batch.tolist():
             cuts = int(starts[row]) + np.concatenate([[0], self.lengths[row].cumsum()])
-            parts = [self.ids[start:stop].tolist() for start, stop in zip(cuts, cuts[1:], strict=False)]
+            parts = [self.ids[start:stop] for start, stop in itertools.pairwise(cuts.tolist())]
             found.append((parts[0], parts[1:]))
         return found
 
