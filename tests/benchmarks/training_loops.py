@@ -26,7 +26,7 @@ from trainers.pixels import to_tensor
 from trainers.recipes.supervised import SupervisedRecipe
 from trainers.settings import ModelSettings, SupervisedSettings
 
-BATCH, MICRO_BATCH, ROWS, SIDE, SIZE_PX, TEXT_WIDTH = 32, 16, 64, 8, 64, 128
+BATCH, MICRO_BATCH, ROWS, SIDE, SIZE_PX, TEXT_WIDTH = 32, 8, 64, 8, 64, 128
 T2I = SupervisedSettings(tasks={"generate": 1.0}, datasets=("t2i",), steps=100, batch=BATCH, micro_batch=MICRO_BATCH)
 
 
