@@ -86,9 +86,10 @@ class SourceTree:
     def __init__(self, root: Path | None = None, packages: tuple[str, ...] = PACKAGES) -> None:
         self.root = root or Path(__file__).resolve().parent.parent
         self.packages = packages
-        self._trees: dict[str, ast.Module | None] = {}
+        self._parsed: dict[str, tuple[ast.Module, list[ast.AST]] | None] = {}
         self._digests: dict[str, str] = {}
         self._imports: dict[str, set[str]] = {}
+        self._data: dict[Path, list[Path]] = {}
 
     def path(self, module: str) -> Path | None:
         """File of a module or package of ours; None when there is no such module."""
@@ -100,12 +101,12 @@ class SourceTree:
                 return candidate
         return None
 
-    def tree(self, module: str) -> ast.Module | None:
-        """Syntax tree without docstrings."""
-        if module not in self._trees:
+    def _parse(self, module: str) -> tuple[ast.Module, list[ast.AST]] | None:
+        """Syntax tree without docstrings, and all its nodes: walking costs more than parsing, so it is done once."""
+        if module not in self._parsed:
             path = self.path(module)
-            self._trees[module] = None if path is None else _without_docstrings(ast.parse(path.read_text(), str(path)))
-        return self._trees[module]
+            self._parsed[module] = None if path is None else _without_docstrings(ast.parse(path.read_text(), str(path)))
+        return self._parsed[module]
 
     def imports(self, module: str) -> set[str]:
         """Modules of ours that `module` imports anywhere, inside functions too."""
@@ -114,12 +115,12 @@ class SourceTree:
         return self._imports[module]
 
     def _find_imports(self, module: str) -> set[str]:
-        tree, path = self.tree(module), self.path(module)
-        if tree is None or path is None:
+        parsed, path = self._parse(module), self.path(module)
+        if parsed is None or path is None:
             return set()
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         found: set[str] = set()
-        for node in ast.walk(tree):
+        for node in parsed[1]:
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -155,46 +156,54 @@ class SourceTree:
         """{module or data file: digest} of the closure of `modules`, plus the modules in `alone` without theirs."""
         names = sorted({*self.closure(modules), *alone})
         found = {name: self._module_digest(name) for name in names}
-        for name in names:
-            found |= {str(file.relative_to(self.root)): _data_digest(file) for file in self._data_files(name)}
-        return found
+        files = {file for name in names for file in self._data_files(name)}
+        return found | {str(file.relative_to(self.root)): _data_digest(file) for file in sorted(files)}
 
     def _data_files(self, module: str) -> list[Path]:
         """Data files beside or below `module` whose name, or at least suffix, the module writes down."""
-        path, tree = self.path(module), self.tree(module)
-        if path is None or tree is None:
+        path, parsed = self.path(module), self._parse(module)
+        if path is None or parsed is None:
             return []
-        below = [path.parent]
-        for folder in below:  # grows while it is walked; folders that are packages answer for themselves
-            below += [item for item in folder.iterdir() if item.is_dir() and not (item / "__init__.py").exists()]
-        found = sorted(file for folder in below for file in folder.iterdir() if file.is_file() and file.suffix in DATA_SUFFIXES)
+        found = self._beside(path.parent)
         if not found:
             return []
-        texts = tuple(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        texts = [node.value for node in parsed[1] if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         wanted = {suffix for suffix in DATA_SUFFIXES if any(text.endswith(suffix) for text in texts)}
         return [file for file in found if file.suffix in wanted]
 
+    def _beside(self, package: Path) -> list[Path]:
+        """Data files in and below the folder of a package."""
+        if package not in self._data:
+            below = [package]
+            for folder in below:  # grows while it is walked; folders that are packages answer for themselves
+                below += [item for item in folder.iterdir() if item.is_dir() and not (item / "__init__.py").exists()]
+            self._data[package] = sorted(file for folder in below for file in folder.iterdir() if file.suffix in DATA_SUFFIXES and file.is_file())
+        return self._data[package]
+
     def _module_digest(self, module: str) -> str:
         if module not in self._digests:
-            tree = self.tree(module)
-            if tree is None:
+            parsed = self._parse(module)
+            if parsed is None:
                 raise ValueError(f"no module {module!r} under {self.root}: a step names code that does not exist")
-            self._digests[module] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+            self._digests[module] = hashlib.sha256(ast.dump(parsed[0]).encode()).hexdigest()[:16]
         return self._digests[module]
 
 
 _MODULE = re.compile(r"(dreamlite_data|trainers|flows)(\.[a-z_0-9]+)+(:\w+)?")
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
+def _without_docstrings(tree: ast.Module) -> tuple[ast.Module, list[ast.AST]]:
+    """The tree without docstrings, and its nodes."""
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:  # grows while it is walked
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [
                 item
                 for item in node.body
                 if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str))
             ]
-    return tree
+        nodes += ast.iter_child_nodes(node)
+    return tree, nodes
 
 
 def _data_digest(path: Path) -> str:
