@@ -14,8 +14,8 @@ venv: .venv/.stamp  ## the environment, exactly as tested
 
 .venv/.stamp: pyproject.toml infra/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev,nsfw,ocr]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c infra/constraints.txt dashscope  # ranks of the true tokenizer, for tests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev,nsfw,ocr,mlx]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c infra/constraints.txt dashscope mlx-vlm  # for tests: ranks of the true tokenizer, and who reads the encoder's 4-bit weights
 	touch $@
 
 retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|mini-long|paper LAKE=lake

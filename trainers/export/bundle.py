@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from trainers.export.encoder_weights import FOLDER as ENCODER_FOLDER
+from trainers.export.encoder_weights import write_encoder
 from trainers.export.loop_page import describe_loop
 from trainers.export.manifest import artifact_id, draft_manifest, file_table, graph_sizes, save_manifest, variant_bytes
 from trainers.export.manifest_schema import manifest_schema
-from trainers.export.measure import Embedder, check_float_graphs, make_samples, measure, trajectory
+from trainers.export.measure import Embedder, check_float_graphs, make_samples, measure, measure_encoder, trajectory
 from trainers.export.parity import TorchReference
 from trainers.export.parts import write_graphs
 from trainers.export.rows import Split, read_rows, split_rows, write_calibration
@@ -34,7 +36,7 @@ to whoever ports it, `samples/` holds inputs and what must come out, and `runner
 numpy, onnxruntime, tokenizers and Pillow:
 
     from runner import Runner
-    pictures = Runner(".", variant="{variant}").generate(["{prompt}"], seeds=[0])
+    pictures = Runner(".", variant="{variant}").generate(["{prompt}"], seeds=[0]{states})
 
 `dreamlite verify <this folder>` checks it. Weights: {licence}. Code: Apache-2.0.
 """
@@ -86,10 +88,15 @@ def export_bundle(
     save_manifest(draft, manifest)
     variants_done = time.perf_counter()
 
-    save_samples(draft, make_samples(reference, hidden, rows.parity))
+    samples = make_samples(reference, hidden, rows.parity)
+    save_samples(draft, samples)
     manifest["parity"], seconds = measure(draft, list(manifest["variants"]), settings.threads)
     check_float_graphs(manifest["parity"], settings)
     manifest["targets"] = write_targets(draft, source, reference, settings, feeds, manifest["quantization"])
+    if settings.encoder_bits and not settings.text_encoder:
+        folder = draft / ENCODER_FOLDER
+        record = write_encoder(source.directory, folder, settings.encoder_bits, settings.encoder_block_values)
+        manifest["encoder"]["weights"] = record | measure_encoder(reference, samples, rows.parity, folder, settings.encoder_bits)
     (draft / "LOOP.md").write_text(describe_loop(manifest))
     (draft / "manifest.schema.json").write_text(manifest_schema())
     manifest["files"] = file_table(draft)
@@ -108,6 +115,7 @@ def export_bundle(
         "variants": {name: variant_bytes(manifest, name) for name in manifest["variants"]},
         "parity": manifest["parity"],
         "quantization": manifest["quantization"],
+        "encoder": manifest["encoder"].get("weights"),
         "targets": manifest["targets"],
         "seconds": {
             "graphs": round(graphs_done - started, 2),
@@ -127,7 +135,8 @@ def _copy_side_files(source: Source, settings: ExportSettings, rows: Split, fold
     shutil.copyfile(Path(__file__).with_name("runner.py"), folder / "runner.py")
     prompt = next((row.text for row in rows.parity if row.task == "generate"), "a red circle").replace('"', "'")
     variant = "int8" if "int8" in settings.variants else settings.variants[-1]
-    text = README.format(steps=settings.steps, variant=variant, prompt=prompt, licence=settings.weights_licence)
+    states = "" if settings.text_encoder else ", hidden_states=(states, mask)"  # of an encoder that runs elsewhere
+    text = README.format(steps=settings.steps, variant=variant, prompt=prompt, states=states, licence=settings.weights_licence)
     (folder / "README.md").write_text(text)
 
 

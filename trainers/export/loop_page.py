@@ -121,7 +121,7 @@ def describe_loop(manifest: dict[str, Any]) -> str:
         hidden_state=encoder["hidden_state"],
         encoder=encoder["name"],
         text_width=encoder["width"],
-        external="" if encoder["exported"] else "The encoder is not in this bundle: run it by your own means and check it against the samples.",
+        external=_external(encoder),
         channels=latent["channels"],
         height=latent["height"],
         width=latent["width"],
@@ -131,6 +131,21 @@ def describe_loop(manifest: dict[str, Any]) -> str:
         steps=sampler["steps"],
         sigmas=", ".join(f"{sigma:.8g}" for sigma in sampler["sigmas"]),
         timesteps=", ".join(f"{1000 * sigma:.7g}" for sigma in sampler["sigmas"][:-1]),
+    )
+
+
+def _external(encoder: dict[str, Any]) -> str:
+    """What to do where the encoder is no graph of the bundle."""
+    if encoder["exported"]:
+        return ""
+    weights = encoder.get("weights")
+    if weights is None:
+        return "The encoder is not in this bundle: run it by your own means and check it against the samples."
+    return (
+        f"The encoder is no graph: `{weights['folder']}/` holds its weights in {weights['bits']} bits as MLX loads them (mlx-swift on a phone, "
+        f"`mlx_vlm.utils.load_model` elsewhere; {weights['group_values']} values share a scale and a bias, the vision tower is in 16 bits, "
+        "there is no language head). Check its states against `hidden_states` of the samples: `encoder.weights` in the manifest says "
+        "how far these weights come out from them."
     )
 
 

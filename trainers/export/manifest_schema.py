@@ -92,6 +92,27 @@ class Prompts(Entry):
     image_token: str
 
 
+class Difference(Entry):
+    """Against torch in float32."""
+
+    max_abs: float
+    psnr_db: float
+
+
+class EncoderWeights(Entry):
+    """The encoder's own weights, where it is no graph: how they are packed, and what of states and latents comes out of them."""
+
+    folder: str
+    format: Literal["MLX affine"]
+    bits: int
+    group_values: int
+    layers: int
+    values: int
+    bytes: int
+    states: dict[str, Difference]
+    latents: dict[str, Difference]
+
+
 class Encoder(Entry):
     """The text encoder's contract: a named part, exported here or brought along."""
 
@@ -103,6 +124,7 @@ class Encoder(Entry):
     exported: bool
     mask: str
     padding: str
+    weights: EncoderWeights | None = None
 
 
 class Vision(Entry):
@@ -121,13 +143,6 @@ class Vae(Entry):
     image_range: list[float] = Field(min_length=2, max_length=2)
     scaling_factor: float
     shift_factor: float
-
-
-class Difference(Entry):
-    """Against torch in float32."""
-
-    max_abs: float
-    psnr_db: float
 
 
 class Parity(Entry):

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from trainers.conditioning import Embeddings
+from trainers.export.encoder_weights import load_packed
 from trainers.export.parity import TorchReference
 from trainers.export.rows import TASKS, Row
 from trainers.export.runner import Runner, to_pixels
-from trainers.export.samples import Samples, compare, load_samples
+from trainers.export.samples import Samples, compare, difference, kept, load_samples
 from trainers.export.sensitivity import Feed
 from trainers.export.settings import ExportSettings
 
@@ -115,6 +116,22 @@ def measure(folder: Path, variants: Sequence[str], threads: int) -> tuple[dict[s
     )
     rows = sum(len(group.texts) for group in samples)
     return {"note": note, "rows": rows, "graphs": graphs, "end_to_end": latents, "images": images}, seconds
+
+
+def measure_encoder(reference: TorchReference, samples: Sequence[Samples], rows: Sequence[Row], folder: Path, bits: int) -> dict[str, Any]:
+    """What comes out of the encoder's packed weights, states and then the latents of the float UNet, against the samples.
+
+    The packed values take the place of the reference's own: an encoder of 2 B does not fit twice. So this is the last thing asked of it.
+    """
+    load_packed(reference.encoder.text_encoder, folder, bits)
+    states: dict[str, Any] = {}
+    latents: dict[str, Any] = {}
+    for group, sample in zip(_by_task(rows), samples, strict=True):
+        stored, embeddings = sample.arrays, reference.embed(group)
+        found, mask = _in_room(embeddings, stored["mask"].shape[1])
+        states[sample.task] = difference(kept(stored["hidden_states"], stored["mask"]), kept(found, mask))
+        latents[sample.task] = difference(stored["latents"], reference.denoise(stored["noise"], stored["condition"], embeddings))
+    return {"states": states, "latents": latents}
 
 
 def _collector(feeds: list[Feed]) -> Any:

@@ -56,12 +56,17 @@ class Runner:
 
     # --- the two things a user asks for -------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """Images uint8 (N, H, W, 3) for N prompts; row i depends on prompts[i] and seeds[i] alone."""
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, hidden_states: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Images uint8 (N, H, W, 3) for N prompts; row i depends on prompts[i] and seeds[i] alone.
+
+        hidden_states: (states (N, S, C), mask (N, S)) from your own encoder, for bundles without a text encoder.
+        """
         self._same_length(prompts=prompts, seeds=seeds)
         if not prompts:
             return self._no_images()
-        hidden, mask = self.encode_prompts(prompts)
+        hidden, mask = hidden_states if hidden_states is not None else self.encode_prompts(prompts)
         noise = self.initial_noise(seeds)
         # Generation is an edit of nothing: a zero latent, which is not the latent of a black image.
         return self.decode(self.denoise(noise, np.zeros_like(noise), hidden, mask))
@@ -131,6 +136,7 @@ class Runner:
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states float32 (N, S, C) and mask int64 (N, S) of generate prompts; too long a prompt is cut."""
+        self._require("text_encoder")
         text = self.manifest["prompts"]
         drop, room = text["generate_drop_tokens"], text["generate_drop_tokens"] + self.sequence_tokens
         rows = []
@@ -145,11 +151,7 @@ class Runner:
         self, images: Sequence[Image.Image | np.ndarray], instructions: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states float32 (N, S, C) and mask int64 (N, S) of source images with their instructions."""
-        if "edit_encoder" not in self.files:
-            raise ValueError(
-                f"{self.bundle} carries no edit encoder ({self.manifest['encoder']['name']} stays external); "
-                "pass hidden_states=(states, mask) computed with that encoder."
-            )
+        self._require("edit_encoder")
         text, vision = self.manifest["prompts"], self.manifest["vision"]
         drop, room = text["edit_drop_tokens"], text["edit_drop_tokens"] + self.sequence_tokens
         template = text["edit_template"].replace(text["image_token"], text["image_token"] * vision["tokens"])
@@ -179,11 +181,16 @@ class Runner:
 
     # --- plumbing ------------------------------------------------------------------------------------------------
 
+    def _require(self, encoder: str) -> None:
+        if encoder not in self.files:
+            raise ValueError(
+                f"{self.bundle} carries no {encoder.replace('_', ' ')} ({self.manifest['encoder']['name']} stays external); "
+                "pass hidden_states=(states, mask) computed with that encoder."
+            )
+
     def _encode(
         self, graph: str, rows: list[list[int]], drop: int, room: int, extra: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        if graph not in self.files:
-            raise ValueError(f"{self.bundle} carries no {graph}; {self.manifest['encoder']['name']} stays external.")
         ids = np.full((len(rows), room), self.manifest["encoder"]["pad_token_id"], np.int64)
         mask = np.zeros((len(rows), room), np.int64)
         for index, row in enumerate(rows):

@@ -24,8 +24,12 @@ class ExportSettings(StrictSettings):
         128, ge=8, description="Text tokens the UNet sees after the dropped prefix; longer prompts are cut, edits refused."
     )
     text_encoder: bool = Field(
-        True, description="Export the encoder as ONNX too. Off: it stays a named external part (a 2 B encoder)."
+        True, description="Export the encoder as ONNX too. Off: a named part with a contract, for a runtime of its own (a 2 B encoder)."
     )
+    encoder_bits: Literal[4, 8] | None = Field(
+        4, description="Where the encoder is no graph, its weights in blocks of so many bits, as MLX loads them; null: left out."
+    )
+    encoder_block_values: Literal[32, 64, 128] = Field(64, description="Weights of the encoder that share a scale.")
     targets: tuple[Target, ...] = Field(
         ("onnxruntime",),
         description="What the bundle runs on. onnxruntime is always among them, for the others are calibrated with it; coreml and "

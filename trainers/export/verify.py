@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
 from trainers.export.manifest_schema import Manifest
 from trainers.export.ports import read_ports
@@ -44,7 +45,7 @@ def verify_bundle(bundle: Path) -> dict[str, Any]:
     """The manifest of a bundle that holds together; ValueError names the first thing that does not.
 
     Checks the manifest's fields, every file's sha256, files that nobody declared, graph ports against the manifest's shapes,
-    and the sigma list against the scheduler constants.
+    the sigma list against the scheduler constants, and the shapes of an encoder's packed weights.
     """
     manifest = read_manifest(bundle)
     for check in check_bundle(bundle, manifest):
@@ -77,6 +78,8 @@ def check_bundle(bundle: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     yield from _check_files(bundle, manifest)
     yield _check_sigmas(bundle, manifest)
     yield from _check_graphs(bundle, manifest)
+    if manifest["encoder"].get("weights"):
+        yield _check_encoder(bundle, manifest["encoder"])
 
 
 def _check_schema(bundle: Path, manifest: dict[str, Any]) -> Check:
@@ -151,3 +154,29 @@ def _check_graphs(bundle: Path, manifest: dict[str, Any]) -> Iterator[Check]:
         if not problem and found != manifest["graphs"][part]:
             problem = f"{bundle / name} has ports {found}, the manifest's graphs.{part} says {manifest['graphs'][part]}."
         yield Check(name, "inputs", f"{len(found['inputs'])} of {part}", problem=problem)
+
+
+def _check_encoder(bundle: Path, encoder: dict[str, Any]) -> Check:
+    """Whether each packed matrix has the scales and biases that its own shape asks for, and the config says the same of them."""
+    stated, folder = encoder["weights"], bundle / encoder["weights"]["folder"]
+    bits, group = stated["bits"], stated["group_values"]
+    shapes: dict[str, list[int]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "numpy") as opened:
+                shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118, no mapping
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        return Check(folder.name, "weights", problem=f"{folder} cannot be read ({error}); copy the whole bundle again.")
+    stems = [name.removesuffix(".scales") for name in shapes if name.endswith(".scales")]
+    limit = f"{stated['layers']} of {bits} bits"
+    if len(stems) != stated["layers"] or config.get("quantization") != {"group_size": group, "bits": bits}:
+        problem = f"{folder} holds {len(stems)} packed matrices for {config.get('quantization')}, the manifest says {limit} by {group}."
+        return Check(folder.name, "weights", f"{len(stems)} packed", limit, problem)
+    for stem in stems:
+        rows, words = shapes.get(f"{stem}.weight", [0, 0])
+        wanted = [rows, words * 32 // bits // group]
+        if not shapes[f"{stem}.scales"] == shapes.get(f"{stem}.biases") == wanted:
+            problem = f"{folder} has scales of shape {shapes[f'{stem}.scales']} for {stem}, whose weight asks for {wanted}."
+            return Check(folder.name, "weights", stem, limit, problem)
+    return Check(folder.name, "weights", f"{len(stems)} of {bits} bits", limit)
