@@ -48,6 +48,8 @@ Engine = Annotated[
 CheckpointName = Annotated[
     str | None, typer.Option("--checkpoint", "-c", help="A checkpoint id, a stage (its newest), or a folder. Default: the newest.")
 ]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: 10; a distilled checkpoint has its own.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Pull of the text. Default: 2. A distilled checkpoint takes none.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise; the same seed gives the same image.")]
 
 
@@ -177,7 +179,8 @@ def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to paint, e.g. \"a red circle left of a blue square\". One image per prompt.")],
     lake: LakeFolder = DEFAULT_LAKE, checkpoint: CheckpointName = None, seed: Seed = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("images"),
-    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the checkpoint's own.")] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
 ) -> None:  # fmt: skip
     """Paint images from text with a trained checkpoint."""
     with clear_errors():
@@ -188,7 +191,8 @@ def generate(
         from trainers.device import use_device
         from trainers.stages import generate_images
 
-        _save(generate_images(folder, prompt, seed=seed, device=use_device(), **_given(steps=steps)), output, "generated")
+        given = _given(folder, steps=steps, guidance_scale=guidance_scale)
+        _save(generate_images(folder, prompt, seed=seed, device=use_device(), **given), output, "generated")
 
 
 @app.command()
@@ -197,26 +201,43 @@ def edit(
     instruction: Annotated[str, typer.Argument(help='What to change, e.g. "make the circle green".')],
     lake: LakeFolder = DEFAULT_LAKE, checkpoint: CheckpointName = None, seed: Seed = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the image.")] = Path("images"),
-    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the checkpoint's own.")] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    image_guidance_scale: Annotated[float | None, typer.Option(help="Pull of the source image. Default: 1. A distilled checkpoint takes none.")] = None,
 ) -> None:  # fmt: skip
     """Change an image as told with a trained checkpoint."""
     with clear_errors():
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         from flows.engine import go_offline
 
         go_offline()
         folder = _find_checkpoint(lake, checkpoint)
+        given = _given(folder, steps=steps, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
         from trainers.device import use_device
         from trainers.stages import edit_images
 
-        with Image.open(image) as opened:
-            source = opened.convert("RGB")
-        _save(edit_images(folder, [source], [instruction], seed=seed, device=use_device(), **_given(steps=steps)), output, "edited")
+        try:
+            with Image.open(image) as opened:
+                source = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            fail(f"{image} cannot be read as an image ({error}): give a JPEG, PNG or WebP file", 2)
+        _save(edit_images(folder, [source], [instruction], seed=seed, device=use_device(), **given), output, "edited")
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _given(checkpoint: Path, **options: Any) -> dict[str, Any]:
+    """The sampling options that were given; an error where the checkpoint is none of ours or has steps of its own."""
+    from trainers.model import load_facts
+
+    try:
+        distilled = load_facts(checkpoint).get("distilled_steps")
+    except ValueError as error:
+        fail(f"{error}; one of diffusers is drawn with by its own pipelines, and trained on with --from", 2)
+    given = {name: value for name, value in options.items() if value is not None}
+    if distilled and given != {"steps": distilled} and given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        fail(f"{checkpoint} was distilled for {distilled} steps without guidance: leave out {named}", 2)
+    return given
 
 
 def _find_checkpoint(lake: Path, name: str | None) -> Path:

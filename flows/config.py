@@ -18,6 +18,9 @@ from flows.gates import Gate
 from trainers.execution import Device, TrainExecution
 from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, StartSettings, TrainSettings
 
+NETWORK_SETTINGS = frozenset(f"model.{name}" for name in ("preset", "channels", "layers", "head_width", "attention_at_full_resolution"))
+"""What builds a network from nothing, and is of no use to a run that starts from a checkpoint."""
+
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
 """Training stages in the order in which each starts from the checkpoint of the one before."""
@@ -98,6 +101,8 @@ class PipelineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_end_at_the_model_s(self) -> PipelineConfig:
+        if self.start is not None and "size_px" not in self.model.model_fields_set:
+            return self  # the checkpoint says the size: the stage compares
         for stage in STAGES:
             phases = getattr(getattr(self.train, stage), "size_phases", ())
             if phases and phases[-1].size_px != self.model.size_px:
@@ -142,6 +147,10 @@ def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> Pipeline
         from_command[dotted] = text
         _put(values, dotted, yaml.safe_load(value) if value else None, text)
     where = _Where(files, from_command)
+    start = values.get("start")
+    shape = [name for name in from_command if name in NETWORK_SETTINGS]
+    if shape and isinstance(start, dict) and start.get("checkpoint"):
+        raise ConfigError(f"--set {shape[0]}: the network is that of start.checkpoint, {start['checkpoint']}; leave it out")
     if unknown := [_unknown_sentence(name, where) for name in _unknown(values, PipelineConfig)]:
         raise ConfigError("\n".join(unknown))
     try:

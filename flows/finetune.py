@@ -30,6 +30,8 @@ def finetune_steps(config: PipelineConfig) -> list[Step]:
     if config.start is None or len(config.stages) != 1:
         raise ConfigError("finetune trains one stage from a given checkpoint: set start.checkpoint and leave one stage of train that is not null")
     stage = config.stages[0]
+    if getattr(config.train, stage).lora is None:
+        raise ConfigError(f"finetune trains an adapter: train.{stage}.lora is null; leave it out, or say its rank")
     steps = [step for step in refresh_steps(config) if step.name != "score"]  # nothing here is chosen by its reward
     curate = next(step for step in steps if step.name == "curate")
 

@@ -33,7 +33,7 @@ def finetune(
     from_: Annotated[str, typer.Option("--from", help="The checkpoint to start from: a folder in diffusers layout, or a hub id org/name@revision.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter and the pictures.")],
     task: Annotated[Task, typer.Option(help="generate: images with captions. edit: triplets of source, target and instruction.")] = "generate",
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter. Default: the preset's 16.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: the preset's 1,000.")] = None,
     size: Annotated[int | None, typer.Option(help="Side in px to train at. Default: the checkpoint's own.")] = None,
     hidden_state: Annotated[str | None, typer.Option(help="pre_norm or post_norm, where the checkpoint does not say. Default: pre_norm.")] = None,
@@ -52,13 +52,15 @@ def finetune(
         overrides = [
             f"start.checkpoint={json.dumps(_absolute(from_))}",
             f"refresh.extra_sources={json.dumps([source])}",
-            f"train.{STAGE}.lora.rank={rank}",
             f"train.{STAGE}.tasks={json.dumps({task: 1.0})}",
             f"train.{STAGE}.datasets={json.dumps(['t2i' if task == 'generate' else 'edit'])}",
         ]
         given = {f"train.{STAGE}.steps": steps, "start.size_px": size, "start.hidden_state": hidden_state, "refresh.policy.min_side_px": size_px}
         overrides += [f"{name}={value}" for name, value in given.items() if value is not None]
-        run = execute("finetune", "finetune", lake or output / "lake", [*overrides, *(set_ or [])], None, "inline", say, warn)
+        overrides += set_ or []
+        if rank is not None:  # last, for --set may have given the adapter as a whole
+            overrides.append(f"train.{STAGE}.lora.rank={rank}")
+        run = execute("finetune", "finetune", lake or output / "lake", overrides, None, "inline", say, warn)
         deliver(run, output)
 
 
@@ -160,5 +162,7 @@ def deliver(run: Run, output: Path) -> None:
     for name, file in run.records["pictures"].outputs["paths"].items():
         say(f"pictures:   {shutil.copyfile(run.records['pictures'].directory / file, output / f'before_after_{name}.png')}")
     say(f"adapter:    {adapter}")
-    say(f"checkpoint: {run.records[STAGE].path('checkpoint')} (the adapter merged in; dreamlite generate --checkpoint takes it)")
+    drawn = run.config["evaluate"]
+    options = f"--steps {drawn['steps']} --guidance-scale {drawn['guidance_scale']:g}"
+    say(f"checkpoint: {run.records[STAGE].path('checkpoint')} (the adapter merged in; dreamlite generate --checkpoint takes it, {options})")
     say(f'in diffusers: pipeline.unet.load_lora_adapter("{output}", weight_name="{ADAPTER_FILE}", prefix="unet")')

@@ -79,7 +79,7 @@ def train_step(config: PipelineConfig, stage: str, parent: str | None) -> Step:
                         "checkpoint_id": own_id,
                         "stage": stage,
                         "path": str(checkpoint),
-                        "step": int((metrics or {}).get("stopped_at_step", settings.steps)),
+                        "step": settings.steps,
                         "parent_id": parent_id,
                         "dataset": ",".join(versions),  # one row a checkpoint; the lineage has an edge to each dataset
                         "dataset_version": ",".join(str(version) for version in versions.values()),

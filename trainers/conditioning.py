@@ -34,6 +34,8 @@ GENERATE_PROMPT = "[Generate]: {}"
 EDIT_PROMPT = (
     "[Edit]: A diptych with two side-by-side images of the same scene. Compared to the right side, the left one has {}"
 )
+GENERATE_TOKENS = 200
+"""Tokens after the prefix that the stock pipelines read of a text-to-image prompt (`max_sequence_length`); of an edit they read all."""
 GENERATE_DROP, EDIT_DROP = 34, 64  # prefix tokens: system block and user header, with the Qwen vocabulary
 ENCODER_INPUT_PX = 512  # the stock pipelines squeeze the source to this square before the processor sees it
 
@@ -96,12 +98,14 @@ class PromptEncoder:
         return self
 
     def generate(self, prompts: list[str | None]) -> Embeddings:
-        """Embed text-to-image prompts; None stands for the null prompt (the template with empty user text)."""
+        """Embed text-to-image prompts; None stands for the null prompt (the template with empty user text). What is longer than the
+        stock pipelines read is cut as they cut it."""
         users = ["" if prompt is None else GENERATE_PROMPT.format(prompt) for prompt in prompts]
         inputs = self.tokenizer(
             [GENERATE_TEMPLATE.replace("{}", user) for user in users], padding=True, return_tensors="pt"
         )
-        return self._kept(inputs["input_ids"], inputs["attention_mask"], self.drop["generate"])
+        ids, mask = _cut(inputs["input_ids"], inputs["attention_mask"], self.drop["generate"] + GENERATE_TOKENS, self.tokenizer.pad_token_id)
+        return self._kept(ids, mask, self.drop["generate"])
 
     def edit(self, images: list[Image.Image], prompts: list[str | None]) -> Embeddings:
         """Embed edit instructions with their source images; None is the null prompt, which still sees the image."""
@@ -134,6 +138,16 @@ class PromptEncoder:
         ids, mask, vision = ids.to(device), mask.to(device), {name: value.to(device) for name, value in vision.items()}
         states = hidden_states(self.text_encoder, ids, mask, self.hidden_state, **vision)
         return stack([row[keep.bool()][drop:] for row, keep in zip(states, mask, strict=True)])
+
+
+def _cut(ids: torch.Tensor, mask: torch.Tensor, length: int, padding_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, L] of at most `length` tokens a row, padded on the right. Not by the tokenizer, which would remember the limit
+    for every thread that shares it."""
+    if ids.shape[1] <= length:
+        return ids, mask
+    rows = [row[keep.bool()][:length] for row, keep in zip(ids, mask, strict=True)]
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding_id)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def hidden_states(

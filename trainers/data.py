@@ -19,7 +19,7 @@ from PIL import Image
 from dreamlite_data.dataset import open_dataset, read_images
 from dreamlite_data.lake import Lake
 from trainers.batch_plan import Panel, bucket_panels, crop_box, nearest_panel
-from trainers.conditioning import Embeddings, PromptEncoder, stack
+from trainers.conditioning import GENERATE_TOKENS, Embeddings, PromptEncoder, stack
 from trainers.flow import Velocity, guided_velocity, keyed_uniform
 from trainers.model import latent_scale
 from trainers.pixels import to_tensor
@@ -141,7 +141,7 @@ class TrainingRows:
         cache = lake.root / "files" / "cache"
         suffix = f"{components_digest[:16]}-{size_px}-{encoder.hidden_state}"
         self.latents = TensorCache(cache / f"latents-{suffix}")
-        self.states = TensorCache(cache / f"states-{suffix}")
+        self.states = TensorCache(cache / f"states-{suffix}-{GENERATE_TOKENS}")
         wanted = {(row.source_image_id, self.panel(row)) for row in self.rows if row.source_image_id}
         if encode_images:
             wanted |= {(row.image_id, self.panel(row)) for row in self.rows}

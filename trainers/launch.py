@@ -22,6 +22,8 @@ from trainers.parallel import processors, use_threads
 from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, SupervisedSettings
 from trainers.stages import follow_checkpoint, train_stage
 
+LOST_PEER = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection refused", "Connection reset")
+
 ANSWER = "trained.json"
 """What the first process leaves in the stage's folder for the one that launched it: its metrics."""
 
@@ -53,7 +55,11 @@ def train(request: StageRequest, lake: Lake) -> dict[str, float]:
         use_threads(request.threads, device)
         return _train_stage(request, lake, device)
     folders = {name: getattr(request, name) for name in ("components", "parent", "lake", "output")}
-    request = request.model_copy(update={name: path.absolute() for name, path in folders.items() if path})  # workers have another folder
+    moved = {name: path.absolute() for name, path in folders.items() if path}  # workers have another folder
+    if isinstance(request.settings, ReFLSettings):
+        seconds = {task: each.model_copy(update={"model": each.model.absolute()}) for task, each in request.settings.second_scorers.items()}
+        moved["settings"] = request.settings.model_copy(update={"second_scorers": seconds})
+    request = request.model_copy(update=moved)
     if request.parent:  # which settings were left open is not said in what is sent
         request = request.model_copy(update={"model": follow_checkpoint(request.parent, request.model)})
     request.output.mkdir(parents=True, exist_ok=True)
@@ -120,9 +126,16 @@ def _torchrun(request: StageRequest) -> None:
             process.wait()
             raise
     if code:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        said = [line for line in lines if "Error" in line and "ChildFailedError" not in line] or lines
-        raise RuntimeError(f"stage {request.stage!r} failed under torchrun: {said[-1].strip() if said else 'it said nothing'} (all of it is in {log})")
+        raise RuntimeError(f"stage {request.stage!r} failed under torchrun: {cause_in(log.read_text())} (all of it is in {log})")
+
+
+def cause_in(log: str) -> str:
+    """The line of a log of several processes that says why they ended. What the others say of the connection that the first failure
+    closed comes last and tells nothing."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+    said = [line for line in errors if not any(sign in line for sign in LOST_PEER)] or errors or lines
+    return said[-1] if said else "it said nothing"
 
 
 if __name__ == "__main__":

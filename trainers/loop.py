@@ -29,6 +29,8 @@ from trainers.parallel import map_threads
 from trainers.throughput import Throughput
 
 LOG_EVERY = 10
+ROWS = "rows"
+"""Among the logs of a micro-batch: how many rows it has."""
 SAVING_SHARE = 0.05
 """Of the time, at most, goes into writing checkpoints: large ones are written less often than was asked."""
 FINITE = "finite"
@@ -130,10 +132,10 @@ def run(
                 if broken:
                     raise FloatingPointError(f"{label}: {', '.join(broken)} is not finite at step {index}; lower the learning rate")
                 for name, value in metrics.items():
-                    window.setdefault(name, deque(maxlen=kept)).append(value)
+                    window.setdefault(name, deque(maxlen=kept)).append((index, value))
                 done = index + 1
                 if done % LOG_EVERY == 0 or done == steps:
-                    means = {name: _mean(values, LOG_EVERY) for name, values in window.items()}
+                    means = {name: _mean(values, done - LOG_EVERY) for name, values in window.items() if values[-1][0] >= done - LOG_EVERY}
                     for name, value in {**means, **rates.since_last()}.items():
                         log.write(json.dumps({"position": done, "name": name, "value": value}) + "\n")
                     log.flush()
@@ -147,7 +149,7 @@ def run(
                         on_checkpoint(done, metrics)
         _save(recipe, done, window, output)
     wait_for_all()
-    means = {name: _mean(values, max(1, done // 10)) for name, values in window.items()} | rates.overall()
+    means = {name: _mean(values, done - max(1, done // 10)) for name, values in window.items()} | rates.overall()
     if on_checkpoint:
         on_checkpoint(done, means)
     if stopped:
@@ -174,9 +176,9 @@ def _log_of_the_first(output: Path) -> Iterator[TextIO]:
         yield log
 
 
-def _mean(values: Sequence[float], count: int) -> float:
-    """Mean of the newest `count` values."""
-    newest = list(values)[-count:]
+def _mean(values: Sequence[tuple[int, float]], start: int) -> float:
+    """Mean of the values of steps from `start` on, or the newest one where there is none: not every step has every metric."""
+    newest = [value for step, value in values if step >= start] or [values[-1][1]]
     return sum(newest) / len(newest)
 
 
@@ -234,7 +236,7 @@ def batch_gradient(
             used = [index for index, gradient in enumerate(total) if gradient is not None]
         else:
             torch._foreach_add_([total[index] for index in used], [gradients[index] for index in used])
-    logs = _read(logs)
+    logs = [logged | {ROWS: len(part.rows)} for part, logged in zip(parts, _read(logs), strict=True)]
     for part, logged in zip(parts, logs, strict=True):
         finite = logged.pop(FINITE).tolist()
         if not all(finite):
@@ -253,8 +255,15 @@ def _read(logs: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
 
 
 def mean_logs(logs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each value over micro-batches of one size."""
-    return {name: sum(values[name] for values in logs) / len(logs) for name in logs[0]}
+    """The mean of each value over the rows of those micro-batches that have it: the last one may be smaller, and of one row there
+    is no diversity."""
+    names = dict.fromkeys(name for each in logs for name in each if name != ROWS)
+    return {name: _row_mean(name, [each for each in logs if name in each]) for name in names}
+
+
+def _row_mean(name: str, logs: Sequence[dict[str, float]]) -> float:
+    rows = [each.get(ROWS, 1) for each in logs]
+    return sum(each[name] * count for each, count in zip(logs, rows, strict=True)) / sum(rows)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_norm: float, rate: float) -> float:

@@ -198,6 +198,12 @@ class ReFLSettings(RecipeSettings):
     image_guidance_scale: float = 1.0
     lora: LoraSettings | None = Field(None, description="train an adapter; the start model is then the same network without it")
 
+    @model_validator(mode="after")
+    def _gains_have_a_spread(self) -> ReFLSettings:
+        if self.second_scorers and self.batch < 2:
+            raise ValueError("second_scorers measure in standard deviations of a batch, and `batch` is 1: make it 2 or more")
+        return self
+
 
 class DMD2Settings(RecipeSettings):
     """Distribution matching distillation of the guided model into few deployed steps without guidance."""

@@ -75,13 +75,17 @@ def train_stage(
     Where several processes have been joined (`trainers.launch`), each calls this with its own `device`; the first one writes.
 
     `datasets` maps each name that the settings list to its version. Returns the last metrics. Raises ValueError where
-    the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent.
+    the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent, and RuntimeError
+    where the recipe stopped itself: nothing may be distilled from a hacked reward.
     """
     if parent is None and not isinstance(settings, SupervisedSettings):
         raise ValueError(f"stage {stage!r} starts from a checkpoint: train a stage before it or name one in start.checkpoint")
     inherited = {} if parent is None else load_facts(parent)
     if parent is not None:
         model = follow_checkpoint(parent, model)
+    phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
+    if phases and phases[-1].size_px != model.size_px:
+        raise ValueError(f"train.{stage}.size_phases ends at {phases[-1].size_px} px, but {parent or 'the model'} is of {model.size_px} px: end with that size")
     encoder = PromptEncoder.load(components, model.hidden_state).to(device)
     vae = load_vae(components).to(device)
     if parent is None:
@@ -110,7 +114,6 @@ def train_stage(
         )
 
     key = (seed, STAGES.index(stage))
-    phases = settings.size_phases if isinstance(settings, SupervisedSettings) else ()
     with first_process_first():  # it fills the caches of latents and prompt states, the others read them
         rows = [rows_of(phase.size_px, phase.logical_size_px) for phase in phases] or rows_of(model.size_px)
     encoder.to(CPU)  # the caches are full: the networks of the recipe need its room
@@ -141,6 +144,11 @@ def train_stage(
         peak_flops=peak and peak * world().size,
         on_checkpoint=on_checkpoint,
     )
+    if "stopped_at_step" in metrics:
+        raise RuntimeError(
+            f"stage {stage!r} was stopped after {metrics['stopped_at_step']:.0f} of {settings.steps} steps, and no checkpoint is made of it: "
+            f"{recipe.stop_reason()}"
+        )
     if not world().first:
         wait_for_all()
         return metrics

@@ -21,8 +21,8 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "
 """Formats whose readers are pure parsers. Not imported from `images`, or a change of ingest would retrain what uses rewards."""
 
 HIGHEST_ASPECT = 200
-HIGHEST_VALUE = 1.5
-"""Above this a tensor is surely not in [0, 1]; HPSv3's own code wants 0..255, and mixing them up shifts the score."""
+LOWEST_VALUE, HIGHEST_VALUE = -0.5, 1.5
+"""Outside of these a tensor is surely not in [0, 1]; HPSv3's own code wants 0..255, and mixing them up shifts the score."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_px: int, max_px: int) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def check_images01(images: Tensor, what: str = "images01") -> None:
         low, high = float(images.min()), float(images.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{what} holds a value that is not finite")
-    if high > HIGHEST_VALUE or low < 1 - HIGHEST_VALUE:
+    if high > HIGHEST_VALUE or low < LOWEST_VALUE:
         raise ValueError(f"{what} runs from {low:.3g} to {high:.3g}; expected about [0, 1] (map [-1, 1] by (x + 1) / 2)")
 
 

@@ -118,6 +118,25 @@ def test_generate_without_a_checkpoint_says_what_to_do(with_runs):
     assert result.exit_code == 2 and "train with `dreamlite retrain`" in result.stderr
 
 
+def test_sampling_options_that_a_checkpoint_does_not_take_are_refused(with_runs, tmp_path):
+    distilled, strange, text = tmp_path / "distilled", tmp_path / "strange", tmp_path / "no_image.png"
+    for folder in (distilled, strange):
+        folder.mkdir()
+    (distilled / "dreamlite.json").write_text(json.dumps({"distilled_steps": 4}))
+    text.write_text("no image")
+    for options, said in (
+        (["--steps", "8"], "distilled for 4 steps without guidance: leave out --steps"),
+        (["--steps", "4", "--guidance-scale", "3"], "leave out --steps, --guidance-scale"),
+        (["--steps", "0"], "greater than or equal to 1"),
+    ):
+        result = invoke("generate", "a red circle", "--lake", with_runs, "--checkpoint", str(distilled), *options)
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.stderr
+    result = invoke("generate", "a red circle", "--lake", with_runs, "--checkpoint", str(strange))
+    assert result.exit_code == 2 and "holds no dreamlite.json" in result.stderr and "--from" in result.stderr
+    result = invoke("edit", str(text), "make it blue", "--lake", with_runs, "--checkpoint", str(distilled))
+    assert result.exit_code == 2 and "cannot be read as an image" in result.stderr
+
+
 def test_a_wrong_setting_is_refused_before_the_lake_is_touched(tmp_path):
     result = invoke("retrain", "--lake", str(tmp_path / "lake"), "--set", "train.t2i.stepz=1")
     assert result.exit_code == 2 and "did you mean 'train.t2i.steps'" in result.stderr

@@ -145,3 +145,14 @@ def test_a_curriculum_of_sizes_ends_at_the_size_of_the_model():
     with pytest.raises(ConfigError, match="train.t2i.size_phases ends at 1024 px, but model.size_px is 512"):
         load_config("paper", ["model.size_px=512"])
     assert not load_config("mini").train.t2i.size_phases
+    sizes = ["train.t2i.size_phases=[{size_px: 512, steps: 5}, {size_px: 1024, steps: 5}]", "train.t2i.steps=10"]
+    with pytest.raises(ConfigError, match="ends at 1024 px, but model.size_px is 64"):
+        load_config("mini", sizes)
+    given = load_config("mini", [*sizes, "start.checkpoint=weights/base"])  # whose size is known when it is read
+    assert given.train.t2i.size_phases[-1].size_px == 1024
+
+
+def test_a_network_is_not_described_beside_a_checkpoint_to_start_from():
+    with pytest.raises(ConfigError, match="--set model.channels.*the network is that of start.checkpoint, weights/base; leave it out"):
+        load_config("mini", ["start.checkpoint=weights/base", "model.channels=[32, 48]"])
+    assert load_config("mini", ["model.channels=[32, 48]"]).model.channels == (32, 48)

@@ -119,6 +119,12 @@ def test_a_folder_that_cannot_be_trained_on_is_named_before_anything_is_computed
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_that_was_set_to_nothing_is_refused(release, tmp_path):
+    command = ["finetune", str(images(tmp_path / "data")), "--from", str(release), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--set", "train.sft.lora=null"])
+    assert result.exit_code == 2 and "train.sft.lora is null; leave it out" in result.stderr
+
+
 def test_what_lies_there_is_recognised(tmp_path):
     assert describe_data(str(images(tmp_path / "a", 1)), "generate", None, None)["kind"] == "folder"
     table = triplets(tmp_path / "b", 1)

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from dreamlite_data.dataset import Dataset, DatasetError
+from dreamlite_data.rewards import load_reward
 from tests.trainers.conftest import TINY_MODEL
 from tests.trainers.synthetic import SceneRows
 from trainers import data
+from trainers.components.build import PACKAGED
 from trainers.conditioning import PromptEncoder
 from trainers.data import read_rows
 from trainers.loop import Ema, run
 from trainers.model import build_unet, load_unet, load_vae
+from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 from trainers.tensor_cache import TensorCache
@@ -88,6 +91,20 @@ def test_a_nan_in_a_batch_stops_before_any_weight_takes_it_and_names_the_row(row
     assert (tmp_path / "state.pt").read_bytes() == state, "the checkpoint before it is untouched"
     assert all(torch.equal(value, weights[name]) for name, value in recipe.unet.state_dict().items())
     run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint")  # with the row mended it goes on
+
+
+def test_an_image_that_is_not_finite_stops_reward_learning_and_names_its_rows(rows, components, tmp_path):
+    rewards = {task: load_reward(PACKAGED / "rewards" / task) for task in ("generate", "edit")}
+    settings = ReFLSettings(steps=4, batch=2, micro_batch=1, rollout_steps=2, sigma_high=1.0)
+    recipe = ReFLRecipe(fresh(), load_vae(components), rewards, rows, settings, (0,))
+    with torch.no_grad():
+        recipe.unet.conv_out.bias.fill_(1e3)  # far out, and finite: clamped, not refused
+    recipe.step(0)
+    with torch.no_grad():
+        recipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the image of 1 rows is not finite at step 0"):
+        run(recipe, steps=4, output=tmp_path, label="refl")
+    assert json.loads((tmp_path / "offending_rows.json").read_text())["rows"]
 
 
 def test_a_gradient_that_is_not_finite_stops_too(rows, tmp_path):

@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from dreamlite_data.lake import Lake
 from tests.trainers.synthetic import caption_lake
+from trainers import ray_train, stages
 from trainers.execution import TrainExecution
-from trainers.launch import StageRequest, train
+from trainers.launch import StageRequest, cause_in, train
 from trainers.model import load_unet
 from trainers.ray_train import refuse_too_small
-from trainers.settings import ModelSettings, SupervisedSettings
+from trainers.settings import ModelSettings, ReFLSettings, SizePhase, SupervisedSettings
 
 T2I = SupervisedSettings(tasks={"generate": 1.0}, datasets=("t2i",), steps=6, batch=8, micro_batch=2, warmup_steps=1, optimizer="muon")
 MODEL = ModelSettings(channels=(32, 64), head_width=16, attention_at_full_resolution=False)
@@ -77,6 +78,54 @@ def test_two_workers_of_ray_train_what_this_process_does_and_go_on_from_its_chec
 def test_a_request_survives_the_way_to_another_process(root: Path, components: Path, tmp_path: Path) -> None:
     sent = request(root, components, tmp_path, runner="ray", workers=(1, 4))
     assert StageRequest.model_validate_json(sent.model_dump_json()) == sent
+
+
+def test_workers_get_the_second_scorer_s_folder_from_wherever_they_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[StageRequest] = []
+
+    def launched(request: StageRequest) -> None:
+        sent.append(request)
+        (request.output / "trained.json").write_text("{}")
+
+    monkeypatch.setattr(ray_train, "train_on_ray", launched)
+    monkeypatch.chdir(tmp_path)
+    settings = ReFLSettings(steps=1, second_scorers={"generate": {"kind": "clip", "model": "weights/clip"}})
+    asked = request(root, Path("parts"), Path("out"), runner="ray", workers=2).model_copy(update={"stage": "refl", "settings": settings})
+    with Lake(root) as lake:
+        train(asked, lake)
+    assert sent[0].settings.second_scorers["generate"].model == tmp_path / "weights" / "clip"
+    assert sent[0].components == tmp_path / "parts"
+
+
+def test_the_first_failure_is_told_and_not_what_it_did_to_the_others() -> None:
+    log = """
+[rank0]: FloatingPointError: refl: the gradient of 1 rows is not finite at step 7 (row_a)
+[rank1]: RuntimeError: [../gloo/transport/tcp/pair.cc] Connection closed by peer
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+    assert "row_a" in cause_in(log)
+    assert "closed by peer" in cause_in("RuntimeError: Connection closed by peer") and cause_in("\n") == "it said nothing"
+
+
+def test_a_stage_that_stopped_itself_makes_no_checkpoint(
+    root: Path, components: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "run", lambda recipe, **_: {"loss": 1.0, "stopped_at_step": 3.0})
+    monkeypatch.setattr(stages.SupervisedRecipe, "stop_reason", lambda recipe: "the reward is being hacked", raising=False)
+    with Lake(root) as lake, pytest.raises(RuntimeError, match="stopped after 3 of 6 steps.*no checkpoint.*being hacked"):
+        train(request(root, components, tmp_path), lake)
+    assert not (tmp_path / "checkpoint").exists()
+    monkeypatch.setattr(stages, "run", lambda recipe, **_: {"loss": 1.0})
+    with Lake(root) as lake:
+        train(request(root, components, tmp_path), lake)
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_a_curriculum_that_ends_at_another_size_than_the_checkpoint_is_refused(root: Path, components: Path, tmp_path: Path) -> None:
+    phases = T2I.model_copy(update={"size_phases": (SizePhase(size_px=32, steps=6),)})
+    asked = request(root, components, tmp_path).model_copy(update={"settings": phases})
+    with Lake(root) as lake, pytest.raises(ValueError, match="ends at 32 px.*64 px: end with that size"):
+        train(asked, lake)
 
 
 def test_settings_that_cannot_run_are_refused() -> None:

@@ -104,3 +104,16 @@ def test_two_trainings_do_not_write_to_one_folder(tmp_path: Path) -> None:
     run(ToyRecipe(pause_s=0.05), steps=4, output=tmp_path, label="first", checkpoint_every_s=0.0, on_checkpoint=meanwhile)
     assert refusals and other.ema.updates == 0
     run(other, steps=4, output=tmp_path, label="later")  # the first has ended
+
+
+def test_the_last_tenth_is_of_steps_also_for_what_is_logged_now_and_then(tmp_path: Path) -> None:
+    class Counting(ToyRecipe):
+        def step(self, index: int) -> dict[str, float]:
+            super().step(index)
+            rare = {"rare": float(index)} if index % 40 == 0 else {}
+            return {"each": float(index)} | ({"second": float(index)} if index % 2 == 0 else {}) | rare
+
+    metrics = run(Counting(), steps=100, output=tmp_path, label="toy")
+    assert (metrics["each"], metrics["second"], metrics["rare"]) == (94.5, 94.0, 80.0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["position"] for line in lines if line["name"] == "rare"] == [10, 50, 90], "once each, where it was found"

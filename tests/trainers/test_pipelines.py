@@ -7,7 +7,7 @@ import torch
 from diffusers import DreamLiteMobilePipeline, DreamLitePipeline
 
 from dreamlite_data import scenes
-from trainers.conditioning import PromptEncoder, as_image
+from trainers.conditioning import GENERATE_PROMPT, GENERATE_TOKENS, PromptEncoder, as_image
 from trainers.flow import SCHEDULER_CONFIG, deployed_sigmas, guided_velocity, keyed_normal, sample
 from trainers.inference import Sampler
 
@@ -62,6 +62,19 @@ class _Fixed:
 
     def prepare_latents(self, *_arguments, **_keywords):
         return self.noise.clone()
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_the_stock_pipeline_cuts_it(checkpoints):
+    stock = DreamLiteMobilePipeline.from_pretrained(checkpoints["mobile"])
+    encoder = Sampler.load(checkpoints["mobile"]).encoder
+    for words, kept in ((20, None), (300, GENERATE_TOKENS)):
+        prompt = " ".join(["circle"] * words)
+        asked = ("generate", [GENERATE_PROMPT.format(prompt)], torch.device("cpu"), torch.float32)
+        theirs, mask = stock.encode_prompt(*asked, max_sequence_length=GENERATE_TOKENS)
+        ours = encoder.generate([prompt, "a red circle"]).rows()
+        assert kept in (None, len(ours[0])) and len(ours[0]) == mask.sum()
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours[1], encoder.generate(["a red circle"]).rows()[0], atol=1e-5, rtol=1e-5)
 
 
 def test_sigmas_are_the_deployed_ones_at_the_released_sizes():

@@ -11,7 +11,7 @@ from tests.trainers.toys import IDENTITY_VAE, PointNet, PointRows
 from trainers import flow
 from trainers.conditioning import PromptEncoder
 from trainers.data import foreground
-from trainers.loop import Ema, power_exponent, run
+from trainers.loop import Ema, mean_logs, power_exponent, run
 from trainers.model import build_unet, load_vae
 from trainers.recipes.detectors import change_outside_edit, picture_measures
 from trainers.recipes.discriminator import middle_features
@@ -202,12 +202,33 @@ def test_the_measures_of_pictures_tell_what_they_are_named_after():
     edited[..., :8] = 1.0
     assert change_outside_edit(edited, grey, weight) == 0.0
     assert change_outside_edit(edited.flip(3), grey, weight) == pytest.approx(0.5)
+    whole = torch.ones(1, 1, 4, 4)  # a row without a mask, or with one that covers everything
+    assert change_outside_edit(grey[:1], edited[:1], whole) is None
+    both = torch.cat([weight[:1], whole])
+    assert change_outside_edit(torch.cat([grey[:1], 1 - grey[:1]]), torch.cat([grey[:1], 0 * grey[:1]]), both) == 0.0
 
 
 def test_refl_logs_its_detectors_for_each_task():
     logs = refl_after(REFL, 2).logs
     assert {"brightness_generate", "saturation_generate", "edge_energy_generate", "diversity_generate"} <= set(logs[0])
-    assert "change_outside_edit_edit" in logs[1] and "change_outside_edit_generate" not in logs[0]
+    assert not any(name.startswith("change_outside_edit") for each in logs for name in each), "no row has a mask"
+
+    class Masked(PointRows):
+        def batch(self, *inputs, **options):
+            found = super().batch(*inputs, **options)
+            found.weight[:, :, 0] = 2.0
+            return found
+
+    rewards = {task: Corner() for task in ("generate", "edit")}
+    recipe = ReFLRecipe(point_net(), IDENTITY_VAE, rewards, Masked(POINTS.means, 0.2), REFL, (0, 4))
+    assert "change_outside_edit_generate" not in recipe.step(0) and recipe.step(1)["change_outside_edit_edit"] > 0
+
+
+def test_rows_that_do_not_fill_the_last_micro_batch_count_as_rows():
+    logs = [{"rows": 8, "reward": 1.0, "diversity": 0.5}, {"rows": 1, "reward": 0.0}]
+    assert mean_logs(logs) == {"reward": pytest.approx(8 / 9), "diversity": 0.5}
+    uneven = refl_after(REFL.model_copy(update={"batch": 3, "micro_batch": 2}), 1).logs[0]
+    assert uneven["diversity_generate"] > 0 and "rows" not in uneven
 
 
 def test_score_times_are_bounded_and_the_shift_favours_noise():

@@ -26,8 +26,12 @@ def picture_measures(images01: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def change_outside_edit(images01: torch.Tensor, sources01: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of edited images to their sources where the foreground `weight` [B, 1, h, w] marks no edit."""
-    kept = F.interpolate((weight == 1).float(), images01.shape[-2:])
+def change_outside_edit(images01: torch.Tensor, sources01: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """Mean absolute difference of edited images to their sources where the foreground `weight` [B, 1, h, w] marks no edit. Rows of one
+    weight are left out, for they have no mask or one that covers everything; None where no other row is there."""
+    marked = (weight > 1).flatten(1).any(1).view(-1, 1, 1, 1)
+    if not marked.any():
+        return None
+    kept = F.interpolate(((weight == 1) & marked).float(), images01.shape[-2:])
     change = (images01.clamp(0, 1) - sources01.clamp(0, 1)).abs().mean(1, keepdim=True)
     return (change * kept).sum() / kept.sum().clamp(min=1)

@@ -8,11 +8,13 @@ from diffusers import AutoencoderTiny, DreamLiteUNetModel
 from torch.nn import functional as F
 
 from dreamlite_data.rewards import RewardModel, Scorer
+from dreamlite_data.rewards.preprocess import HIGHEST_VALUE, LOWEST_VALUE, straight_through_clamp
 from trainers.batch_plan import Plan
 from trainers.data import Batch, TrainingRows
 from trainers.flow import data_from_velocity, deployed_sigmas, keyed_normal, keyed_uniform, predict, steps_within
 from trainers.loop import Ema, batch_gradient, mean_logs, optimizer_step
 from trainers.lora import frozen_copy, trainable
+from trainers.nonfinite import NonFiniteError
 from trainers.parallel import map_threads
 from trainers.recipes.detectors import change_outside_edit, picture_measures
 from trainers.recipes.second_scorer import HackingWatch
@@ -59,6 +61,8 @@ class ReFLRecipe:
         def loss(part: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             x, t, velocity, data = self._estimate(self.unet, part, exit_index)
             images, sources = decode01(self.vae, data), self._sources(task, part)
+            if not images.isfinite().all():  # a reward would refuse it without a word about the rows
+                raise NonFiniteError("the image", part.rows)
             reward = self.rewards[task].differentiable(images, [row.text for row in part.rows], *sources)
             scaled = (reward - mean) / spread
             with torch.no_grad():
@@ -69,7 +73,9 @@ class ReFLRecipe:
             total = settings.reward_weight * hinge + settings.velocity_weight * drift
             if settings.norm_guard_weight:
                 total = total + settings.norm_guard_weight * F.relu(ratios - 1).mean()
-            measures = picture_measures(images) | ({"change_outside_edit": change_outside_edit(images, *sources, part.weight)} if sources else {})
+            measures = picture_measures(images)
+            if sources and (change := change_outside_edit(images, *sources, part.weight)) is not None:
+                measures["change_outside_edit"] = change
             return total, {
                 f"reward_{task}": reward.mean(),
                 f"reward_{task}_scaled": scaled.mean(),
@@ -179,5 +185,6 @@ def norm_ratios(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
 
 def decode01(vae: AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
-    """Latents to images in [0, 1] (not clamped: the reward clamps with a straight-through gradient)."""
-    return vae.decoder(latents).add(1).div(2)
+    """Latents to images in about [0, 1]: the reward clamps them with a straight-through gradient, and here it is done where a pixel is so
+    far out that the reward would take the image for one of another range."""
+    return straight_through_clamp(vae.decoder(latents).add(1).div(2), LOWEST_VALUE, HIGHEST_VALUE)
