@@ -20,7 +20,8 @@ from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.run import make_current
 from dreamlite_data.progress import Progress
 from dreamlite_data.settings import DownloadSettings
-from dreamlite_data.sources.outcome import Job, Outcome, place
+from dreamlite_data.sources.outcome import LISTED, WRONG_SHA256, Job, Outcome, place
+from dreamlite_data.tombstones import FORGOTTEN
 
 COMMIT_S = 5.0
 """Outcomes are committed at least this often while they come: what a kill can cost is the asking, for stored bytes are not lost."""
@@ -99,7 +100,9 @@ def pending(lake: Lake, wanted: Mapping[str, str | None], settings: DownloadSett
     jobs = []
     for url, sha256 in wanted.items():
         row = known.get(url)
-        if row is None:
+        if row is not None and row["error"] == FORGOTTEN:
+            continue  # whatever the settings say now: its bytes are not fetched again
+        if row is None or (row["error"] == WRONG_SHA256 and (sha256 is None or f"{LISTED} {sha256}" not in row["detail"])):
             jobs.append(Job(url, sha256))
         elif row["error"] is None:
             if (sha256 is not None and row["sha256"] != sha256.lower()) or not place(folder(lake), row["sha256"]).is_file():

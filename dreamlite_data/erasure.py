@@ -26,6 +26,8 @@ NAMES_OF_GROUPS = ("group_id",)
 """A group of duplicates keeps its name, the id of the image that opened it: splits of the others hang on it."""
 CACHES = ("cache", "candidates", "downloads")
 """Folders below files/ that can be filled again."""
+SHEETS = "reports"
+"""Folder of the lake with the contact sheets of policies that were tried."""
 OPAQUE_CACHES = ("cache/states-*", "candidates")
 """Those in which an image or its words cannot be told from the outside (hashed keys, compressed text): they go whole."""
 _ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
@@ -124,6 +126,9 @@ def _clear_caches(lake: Lake, image_ids: set[str]) -> int:
     for path in sorted(item for pattern in OPAQUE_CACHES for item in lake.files.glob(pattern)):
         gone += sum(item.is_file() for item in path.rglob("*"))
         shutil.rmtree(path)
+    for sheet in sorted((lake.root / SHEETS).glob("*.html")):  # pictures and words of samples; each is one command away
+        sheet.unlink()
+        gone += 1
     stones = lake.query("SELECT image_id, original_sha256 FROM tombstones SEMI JOIN i USING (image_id)", i=_ids(image_ids))
     names = {text for column in stones.columns for text in column.to_pylist() if text}
     for path in sorted(item for name in CACHES for item in (lake.files / name).rglob("*") if item.is_file()):

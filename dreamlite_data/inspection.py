@@ -13,7 +13,7 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.describe import Describe
 from dreamlite_data.operators.embed import Embed, Similarity
-from dreamlite_data.operators.run import Measurement, measure_pending, withdraw_passing_failures
+from dreamlite_data.operators.run import Measurement, measure_pending, switch_off, withdraw_passing_failures
 from dreamlite_data.operators.safety import Safety, require_extra
 from dreamlite_data.operators.text import Text
 from dreamlite_data.responses import responses_folder
@@ -88,6 +88,7 @@ def embed_operator(operator: Callable[..., Any], settings: RefreshSettings, dige
 
 def _describe(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     makes = list(_describers(lake, settings, digests))
+    switch_off(lake, "describe_", {make().name for make in makes})  # a captioner that was replaced writes no captions any more
     if not makes:
         return {"off": "refresh.captions names no styles"}
     total = {"rows": 0, "failed": 0}

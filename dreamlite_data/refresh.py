@@ -3,6 +3,7 @@ Orchestrators call these; nothing here knows of one."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -142,7 +143,8 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
         listed = source_list(lake, settings)
         fetched = downloads.fetch(lake, listed, settings.downloads)
         names = [source.name for source in listed]
-        with Listing(lake, (unit for source in listed for unit in source.units(digests))) as units:
+        own = {source.name for source in settings.extra_sources}
+        with Listing(lake, (_as_told(unit) if unit.source in own else unit for source in listed for unit in source.units(digests))) as units:
             digests.save()
             gone = units.gone(names)
             if gone:
@@ -163,6 +165,15 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
             "SELECT count(*) AS n FROM op_shard WHERE error IS NOT NULL AND list_contains($names, source)", {"names": names}
         )["n"][0].as_py()
         return answer
+
+
+def _as_told(unit: Unit) -> Unit:
+    """A unit of a user's source, known by its licence and origin as well: where they are corrected it is read again, and every row
+    then carries what holds now."""
+    if unit.licence is None and unit.origin is None:
+        return unit
+    told = json.dumps([unit.digest, unit.licence, unit.origin])
+    return dataclasses.replace(unit, digest=hashlib.sha256(told.encode()).hexdigest())
 
 
 def _ingest_tasks(units: Iterable[tuple[Unit, bool]], settings: RefreshSettings, version: str, staging: str) -> Iterator[IngestTask]:

@@ -284,6 +284,11 @@ class PolicySettings(StrictSettings):
         return tuple(self.splits) or ("train", "heldout")
 
 
+ROUTE_NAMES = frozenset({"exact", "composite", "model", "scene_graph"})
+OWN_SOURCES = re.compile(r"photos_\d+|scenes_.*")
+"""Names of the rows that the edit routes make, and of the sources that come with the package."""
+
+
 class RefreshSettings(StrictSettings):
     """Everything the refresh needs. `executor` and `workers` say where it runs and never change a byte of the result."""
 
@@ -312,6 +317,17 @@ class RefreshSettings(StrictSettings):
     judge: JudgeSettings | None = None
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _source_names_differ(self) -> RefreshSettings:
+        names = [source.name for source in self.extra_sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"refresh.extra_sources has two sources named {twice[0]!r}, and their rows would be taken for each other's: rename one")
+        taken = next((name for name in names if name in ROUTE_NAMES or OWN_SOURCES.fullmatch(name)), None)
+        if taken is not None:
+            raise ValueError(f"refresh.extra_sources names a source {taken!r}, which is what rows of the pipeline's own are called: rename it")
+        return self
 
     @model_validator(mode="after")
     def _caption_operators_differ(self) -> RefreshSettings:

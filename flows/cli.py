@@ -319,7 +319,10 @@ def report(
             return
         from flows.report import write_report
 
-        say(str(write_report(open_lake(lake), run, lake / "reports" / run)))
+        try:
+            say(str(write_report(open_lake(lake), run, lake / "reports" / run)))
+        except ValueError as error:
+            fail(str(error), 2)
 
 
 @app.command()

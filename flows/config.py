@@ -145,7 +145,10 @@ def load_config(preset: str = "mini", overrides: Sequence[str] = ()) -> Pipeline
         if not equals or not dotted:
             raise ConfigError(f"--set '{text}' is not of the form name.of.setting=value")
         from_command[dotted] = text
-        _put(values, dotted, yaml.safe_load(value) if value else None, text)
+        try:
+            _put(values, dotted, yaml.safe_load(value) if value else None, text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set '{text}' has no readable value: {' '.join(str(error).split())}") from None
     where = _Where(files, from_command)
     start = values.get("start")
     shape = [name for name in from_command if name in NETWORK_SETTINGS]
@@ -174,8 +177,8 @@ def _files(preset: str) -> list[tuple[Path, dict[str, Any]]]:
         if path.resolve() in [known.resolve() for known, _ in files]:
             raise ConfigError(f"{path} extends itself: {' -> '.join(known.name for known, _ in files)} -> {path.name}")
         try:
-            values = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+            values = yaml.safe_load(path.read_text("utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold settings as 'name: value', it holds {type(values).__name__}")

@@ -56,6 +56,10 @@ def clear_errors() -> Iterator[None]:
             traceback.print_exception(error.__cause__)
         fail(f"{error}\nIts files are in {error.directory}. Run the same command again to go on from there; "
               "DREAMLITE_TRACEBACK=1 shows where in the code it happened.", 1)  # fmt: skip
+    except OSError as error:
+        if error.filename is None or os.environ.get("DREAMLITE_TRACEBACK"):
+            raise
+        fail(f"{error.filename}: {error.strerror}; DREAMLITE_TRACEBACK=1 shows where in the code it happened", 2)
     except KeyboardInterrupt:
         fail("stopped; finished steps are kept, run the same command again to go on", 130)
 

@@ -17,10 +17,11 @@ from flows.run import Planned, Run, make_plan
 from flows.server import prefect_server
 from flows.step import Step, StepFailed, StepRecord, find_done
 
+ENGINES = ("prefect", "inline")
+
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -63,7 +64,7 @@ def build_steps(flow: str, config: PipelineConfig) -> list[Step]:
         from flows.finetune import finetune_steps
 
         return finetune_steps(config)
-    raise ValueError(f"no flow '{flow}': there are refresh, retrain and finetune")
+    raise ConfigError(f"no flow '{flow}': there are refresh, retrain and finetune")
 
 
 def with_decisions(steps: Sequence[Step], lake: Lake) -> list[Step]:
@@ -78,7 +79,7 @@ def until_step(steps: Sequence[Step], until: str | None) -> list[Step]:
         return list(steps)
     by_name = {step.name: step for step in steps}
     if until not in by_name:
-        raise ValueError(f"no step '{until}': there are {', '.join(by_name)}")
+        raise ConfigError(f"no step '{until}': there are {', '.join(by_name)}")
     needed, pending = set(), [until]
     while pending:
         name = pending.pop()
@@ -140,6 +141,8 @@ def execute(
     Raises ConfigError, StepFailed or GateFailed; everything finished until then stays finished.
     """
     go_offline()
+    if engine not in (None, *ENGINES):
+        raise ConfigError(f"no engine '{engine}': there are {' and '.join(ENGINES)}")
     run = prepare(flow, preset, lake_root, overrides, until, say)
     plan = run.plan()
     if all(planned.state == "done" for planned in plan):

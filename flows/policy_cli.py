@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +63,8 @@ def _overrides(texts: list[str] | None) -> dict[str, Any]:
         if not equals or not name.strip():
             fail(f"--set '{text}' is not of the form name=value", 2)
         try:
-            values[name.strip()] = yaml.safe_load(value)
+            found = yaml.safe_load(value)
+            values[name.strip()] = value.strip() if isinstance(found, date) else found  # a version keeps its parameters as JSON
         except yaml.YAMLError as error:
             fail(f"--set '{text}' has no readable value: {' '.join(str(error).split())}", 2)
     return values
@@ -260,13 +262,13 @@ def verify_report(
 ) -> None:  # fmt: skip
     """Measure the rules that verify edits on edits whose truth is known: precision and recall a type, with 95 % intervals, and
     the conditions that nothing was there to evaluate."""
-    from dreamlite_data.operators.cutouts import CutOutFolder
+    from dreamlite_data.operators.cutouts import CutOutError, CutOutFolder
     from dreamlite_data.operators.safety import MissingExtra
     from dreamlite_data.operators.verify_truth import verify_report as report
 
     try:
         rows = report(seed, photos, scene_edits, CutOutFolder(cutouts, "") if cutouts else None, masks, ocr=ocr)
-    except MissingExtra as error:
+    except (CutOutError, MissingExtra) as error:
         fail(str(error), 2)
     wanted = ("all",) if not faults else None
     print_rows([_as_line(row, faults) for row in rows if wanted is None or row["fault"] in wanted], "table")

@@ -4,6 +4,7 @@ Each step is one function of the data package; here stands only what it reads, w
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,9 @@ MEASURES = {
 """Which operators each measuring step runs."""
 
 REWARDS = ("generate", "edit")
+
+HEAD_BYTES = 65_536
+"""How much of a table is read to see whether it names its images by URL."""
 
 EDIT_FOLDERS = ("cutouts", "instructor", "editor", "reward")
 """Settings of edit routes that name folders: their content counts (see `edit_folders`), not where they lie."""
@@ -312,6 +316,16 @@ def source_digest(source: ExtraSource) -> str:
         parts.append(folder_digest(source.path))
     if source.image_root is not None:
         parts.append(folder_digest(source.image_root))
-    if source.kind == "url_list":
+    if source.kind == "url_list" or (source.kind == "jsonl" and _names_urls(source.path)):
         parts.append(datetime.now(UTC).date().isoformat())
     return digest(parts)
+
+
+def _names_urls(table: Path) -> bool:
+    """Whether the beginning of a table of images has an address of the web in it. One in a caption costs a look a day, no more."""
+    files = [table] if table.is_file() else sorted(path for path in table.glob("*") if path.is_file())[:1]
+    for path in files:
+        with path.open("rb") as stream:
+            if re.search(rb"https?://", stream.read(HEAD_BYTES)):
+                return True
+    return False

@@ -14,7 +14,7 @@ from dreamlite_data.operators.cutouts import folder_digest
 from dreamlite_data.operators.edit import Edit, ExactEditor, ExactInstructor
 from dreamlite_data.operators.edit_plan import EditPlan
 from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, Pairs
-from dreamlite_data.operators.run import Measurement, make_current, withdraw_passing_failures
+from dreamlite_data.operators.run import OFF, Measurement, make_current, withdraw_passing_failures
 from dreamlite_data.pictures import Pictures, pictures_folder
 from dreamlite_data.responses import Responses, responses_folder
 from dreamlite_data.settings import PHOTOS, EditModelSettings, RefreshSettings
@@ -25,7 +25,6 @@ ROUTES = ("edit", "edit_composite", "edit_model", "edit_pairs")
 """Names of the operators, in the order in which they run."""
 PLANNED_ROUTES = {"exact": "edit", "composite": "edit_composite", "model": "edit_model"}
 """The routes that quotas steer: the column of a plan, and the operator that follows it."""
-OFF = "off"
 
 
 def active_routes(settings: RefreshSettings) -> list[str]:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +148,25 @@ def _places(lake: Lake, measurement: Measurement, rows: pa.Table) -> dict[str, t
 
 def commit(lake: Lake, written: Written, withdraw: list[tuple[str, str]] | None = None) -> None:
     """Register what one worker wrote, in one transaction. Content that the lake has already is left out, and so is what was
-    forgotten. `withdraw` names (source, shard) whose earlier records go in the same transaction."""
+    forgotten. `withdraw` names (source, shard) whose earlier records go in the same transaction; what they bring anew of a triplet
+    that is known, a corrected type or mask, takes the place of what was, and its measurements are pending again."""
     files: dict[str, list[Path]] = {}
+    corrected: dict[str, pa.Array] = {}
     for name, path in free_of_forgotten(lake, written).files.items():
-        fresh = _without_known(lake, name, Path(path))
+        if withdraw and name in CORRECTED:
+            corrected[name] = _corrected(lake, name, Path(path))
+        fresh = _without_known(lake, name, Path(path), corrected.get(name))
         if fresh is not None:
             files[name] = [lake.place(name, fresh)]
 
     def body(connection: Any) -> None:
         delete_records(connection, withdraw or [])
+        for name, ids in corrected.items():
+            connection.register("corrected", pa.table({"id": ids}))
+            connection.execute(f"DELETE FROM {name} WHERE edit_id IN (FROM corrected)")
+            for table in TRIPLET_TABLES:
+                connection.execute(f"DELETE FROM {table} WHERE subject_id IN (FROM corrected)")
+            connection.unregister("corrected")
         register_files(connection, files)
 
     if files or withdraw:
@@ -176,8 +186,20 @@ def delete_records(connection: Any, shards: list[tuple[str, str]]) -> None:
     connection.unregister("gone")
 
 
-def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
-    """The worker's file without content that is stored already; None where nothing is left."""
+def _corrected(lake: Lake, table: str, path: Path) -> pa.Array:
+    """Ids of the triplets of a provider that the worker's file describes otherwise than the lake does."""
+    rows = pq.read_table(path)
+    differs = " OR ".join(f"r.{name} IS DISTINCT FROM t.{name}" for name in rows.column_names if name not in ("edit_id", "op_version"))
+    found = lake.query(
+        f"SELECT DISTINCT edit_id FROM rows_read r JOIN {table} t USING (edit_id) JOIN edits e USING (edit_id) "
+        f"WHERE e.route = 'provider' AND ({differs}) ORDER BY 1",
+        rows_read=rows,
+    )
+    return found["edit_id"].combine_chunks()
+
+
+def _without_known(lake: Lake, table: str, path: Path, corrected: pa.Array | None = None) -> Path | None:
+    """The worker's file without content that is stored already, but for rows that are corrected; None where nothing is left."""
     keys = [schema.CONTENT_KEYS[table]] if table in schema.CONTENT_KEYS else ["subject_id", "op_version"]
     if table not in schema.CONTENT_KEYS and table not in schema.MEASURED_AT_INGEST:
         return path
@@ -187,6 +209,8 @@ def _without_known(lake: Lake, table: str, path: Path) -> Path | None:
     if not len(known):
         return path
     keep = np.asarray(pc.invert(pc.is_in(ids[key], known)))
+    if corrected is not None:
+        keep |= np.asarray(pc.is_in(ids[key], corrected))
     if not keep.any():
         path.unlink()
         return None
@@ -206,6 +230,25 @@ def withdraw_passing_failures(lake: Lake, table: str, version: str, followed_by:
 
     if lake.query(f"SELECT count(*) AS n {passing}", given)["n"][0].as_py():
         lake.write(body)
+
+
+CORRECTED = ("edits", "edit_masks")
+"""Tables that tell what a provider says of a triplet beside the triplet itself."""
+TRIPLET_TABLES = ("op_verify_edit", "op_triplet_measures", "op_edit_question", "op_verify_triplet")
+"""What is measured of a triplet by its type and mask."""
+
+OFF = "off"
+"""The version of an operator that is not used any more: no row has it."""
+
+
+def switch_off(lake: Lake, prefix: str, used: Iterable[str]) -> None:
+    """Take the rows of operators whose name begins with `prefix` out of the views, but for those in `used`. They come back without
+    work when they are used again."""
+    names = lake.query(
+        "SELECT name FROM current_versions WHERE starts_with(name, $prefix) AND op_version <> $off", {"prefix": prefix, "off": OFF}
+    )["name"].to_pylist()
+    for name in sorted(set(names) - set(used)):
+        make_current(lake, name, OFF, {})
 
 
 def make_current(lake: Lake, name: str, version: str, config: dict[str, Any]) -> None:

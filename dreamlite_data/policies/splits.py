@@ -41,20 +41,19 @@ def split_shares(parameters: Mapping[str, Any]) -> dict[str, float]:
 
 def with_split(lake: Lake, kept: pa.Table, parameters: Mapping[str, Any]) -> pa.Table:
     """`kept` (group_id, row_id, ...) with the column split. The first 64 bits of the hash of a group's name fall below the shares, added
-    up, of the splits other than train in their order; train has the rest. A row without group is one of its own. Splits that are
-    named follow edits of edits back to the first picture as well."""
+    up, of the splits other than train in their order; train has the rest. A row without group is one of its own. Edits of edits
+    are followed back to the first picture."""
     shares, edges, total = split_shares(parameters), [], 0.0
     for name, share in shares.items():
         if name != TRAIN:
             total += share
             edges.append((name, f"{int(total * 2**64):016x}"))
     names = lake.query("SELECT coalesce(nullif(group_id, ''), row_id) AS name FROM kept", kept=kept.select(["group_id", "row_id"]))
-    if parameters.get("splits"):
-        names = lake.query(
-            "SELECT coalesce(r.root, n.name) AS name FROM named n LEFT JOIN roots r ON r.child = n.name ORDER BY n.place",
-            named=names.append_column("place", pa.array(range(len(names)), pa.int64())),
-            roots=lake.query(_ROOTS, named=names),
-        )
+    names = lake.query(
+        "SELECT coalesce(r.root, n.name) AS name FROM named n LEFT JOIN roots r ON r.child = n.name ORDER BY n.place",
+        named=names.append_column("place", pa.array(range(len(names)), pa.int64())),
+        roots=lake.query(_ROOTS, named=names),
+    )
     cases = " ".join(f"WHEN sha256('split:' || name)[:16] < $below_{number} THEN $name_{number}" for number in range(len(edges)))
     values = {f"{what}_{number}": value for number, edge in enumerate(edges) for what, value in zip(("name", "below"), edge, strict=True)}
     split = lake.query(f"SELECT CASE {cases} ELSE '{TRAIN}' END AS split FROM names", values, names=names)

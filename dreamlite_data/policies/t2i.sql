@@ -6,7 +6,8 @@ SELECT row_id, 'generate' AS task, image_id, CAST(NULL AS VARCHAR) AS source_ima
        error, benchmark, width, height, sharpness, in_language, matches,
        similarity, nsfw, face_fraction, watermark, text_fraction,
        row_number() OVER (
-           PARTITION BY coalesce(group_id, row_id), style ORDER BY CAST(width AS BIGINT) * height DESC, sharpness DESC, row_id
+           PARTITION BY coalesce(group_id, row_id), style
+           ORDER BY text IS NULL, CAST(width AS BIGINT) * height DESC, sharpness DESC, row_id
        ) AS copy
 FROM t2i_records
 WHERE list_contains($sources, source)

@@ -23,7 +23,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from dreamlite_data.settings import DownloadSettings
-from dreamlite_data.sources.outcome import Job, Outcome, place
+from dreamlite_data.sources.outcome import LISTED, WRONG_SHA256, Job, Outcome, place
 
 BATCH_URLS = 4096
 """URLs that wait for their turn at once; each is one coroutine."""
@@ -199,7 +199,7 @@ class _Fetcher:
                 os.fsync(handle.fileno())
             found = digest.hexdigest()
             if job.sha256 is not None and found != job.sha256.lower():
-                raise _Refused("wrong_sha256", f"the bytes have sha256 {found}, the list says {job.sha256}", True, response.status)
+                raise _Refused(WRONG_SHA256, f"the bytes have sha256 {found}, {LISTED} {job.sha256}", True, response.status)
             target = place(self.folder, found)
             target.parent.mkdir(exist_ok=True)
             draft.replace(target)

@@ -160,7 +160,7 @@ class HuggingFaceSource(MappedSource):
             detail = " ".join(str(error).split())[:300]
             raise DatasetUnavailable(
                 f"source {self.name!r}: {self.path} cannot be opened as a dataset ({type(error).__name__}: {detail}): correct path, config "
-                "or revision, and for the hub check the network and HF_TOKEN"
+                "or revision, and for the hub check the network and HF_TOKEN; downloads are off unless HF_HUB_OFFLINE=0 is set"
             ) from error
 
     def _data_files(self, builder: Any) -> list[Any]:

@@ -6,6 +6,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+WRONG_SHA256, LISTED = "wrong_sha256", "the list says"
+"""The error of bytes that are not those of the list, and how `detail` quotes what that says: once it says another, they are asked for
+again."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

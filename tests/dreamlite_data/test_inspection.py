@@ -142,6 +142,19 @@ def test_each_picture_is_described_once_in_each_style(prepared: Prepared, pictur
     assert all(row["text"].split()[1] == row["subject_id"][:8] and row["prompt_id"] == f"{row['style']}-1" for row in rows)
 
 
+def test_a_captioner_that_was_replaced_writes_no_captions_any_more(prepared: Prepared, pictures: Path, tmp_path: Path) -> None:
+    lake, versions = prepared(tmp_path / "lake"), []
+    with CountingServer() as server:
+        for model in ("first", "second", "first"):
+            refresh.measure(lake, settings_for(pictures, captions=asking(server.url, ("short",), model=model)), executors.local(), ["describe"])
+            (current,) = lake.query("SELECT op_version, count(*) AS n FROM current_describe GROUP BY ALL").to_pylist()
+            assert current["n"] == IMAGES
+            versions.append(current["op_version"])
+        assert versions[0] == versions[2] != versions[1] and server.answered == 2 * IMAGES  # the first came back without a call
+    refresh.measure(lake, settings_for(pictures), executors.local(), ["describe"])
+    assert lake.count("current_describe") == 0 and lake.count("op_describe") == 2 * IMAGES
+
+
 def test_another_lake_with_the_answers_of_this_one_pays_nothing(prepared: Prepared, pictures: Path, tmp_path: Path) -> None:
     with CountingServer() as server:
         settings = settings_for(pictures, captions=asking(server.url))

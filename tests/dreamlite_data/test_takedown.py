@@ -77,6 +77,8 @@ def forgotten(template: tuple[Path, RefreshSettings], tmp_path_factory: pytest.T
     payload = read_images(lake, [image_id])[image_id]
     assert len(set(holding(lake, payload, OWN_CAPTION))) > 2  # the scan finds them while they are there
     write_caches(lake, image_id, payload)
+    (lake.root / "reports").mkdir()
+    (lake.root / "reports" / "policy-t2i.html").write_text(f"<figure>{OWN_CAPTION}</figure>")
     lake.append({"op_download": [{"subject_id": f"https://a.example/{name}", "op_version": "v", "sha256": sha256, "size_bytes": 9}
                                  for name, sha256 in (("private", original_of(lake, image_id)), ("other", "0" * 64))]})  # fmt: skip
     before, seen = contents(lake, COMPARED), snapshots(lake)
@@ -166,6 +168,10 @@ def test_snapshots_that_saw_it_are_expired_and_earlier_ones_stay(forgotten: Forg
     assert left & forgotten.snapshots and min(forgotten.done.expired_snapshots) > min(left)
     with pytest.raises(duckdb.Error, match="(?i)snapshot"):
         forgotten.lake.query(f"SELECT count(*) FROM images AT (VERSION => {forgotten.done.expired_snapshots[0]})")
+
+
+def test_no_contact_sheet_shows_it(forgotten: Forgotten) -> None:
+    assert not list((forgotten.lake.root / "reports").iterdir())
 
 
 def test_caches_that_hold_something_of_it_are_deleted_and_others_stay(forgotten: Forgotten) -> None:

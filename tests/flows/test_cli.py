@@ -118,6 +118,22 @@ def test_generate_without_a_checkpoint_says_what_to_do(with_runs):
     assert result.exit_code == 2 and "train with `dreamlite retrain`" in result.stderr
 
 
+@pytest.mark.parametrize(("command", "said"), [
+    (("plan", "--until", "nope"), "no step 'nope': there are"), (("plan", "--flow", "foo"), "no flow 'foo'"),
+    (("refresh", "--engine", "foo"), "no engine 'foo': there are prefect and inline"), (("evaluate", "--stage", "nope"), "no step 'evaluate_nope'"),
+    (("report", "--run", "nope"), "no run 'nope'"),
+])  # fmt: skip
+def test_a_name_that_is_not_there_is_one_sentence(with_runs, command, said):
+    result = invoke(*command, "--lake", with_runs)
+    assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("refresh", "--preset", "smoke", "--lake", str(tmp_path / "file"))
+    assert result.exit_code == 2 and str(tmp_path / "file") in result.stderr
+
+
 def test_sampling_options_that_a_checkpoint_does_not_take_are_refused(with_runs, tmp_path):
     distilled, strange, text = tmp_path / "distilled", tmp_path / "strange", tmp_path / "no_image.png"
     for folder in (distilled, strange):

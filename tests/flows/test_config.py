@@ -152,6 +152,20 @@ def test_a_curriculum_of_sizes_ends_at_the_size_of_the_model():
     assert given.train.t2i.size_phases[-1].size_px == 1024
 
 
+@pytest.mark.parametrize(("names", "said"), [
+    (("a", "a"), "two sources named 'a'"), (("photos_256",), "what rows of the pipeline's own are called"), (("exact",), "rename it"),
+])  # fmt: skip
+def test_sources_whose_rows_would_be_taken_for_others_are_refused(names, said):
+    sources = ", ".join(f"{{name: {name}, kind: folder, path: p{number}}}" for number, name in enumerate(names))
+    with pytest.raises(ConfigError, match=said):
+        load_config("mini", [f"refresh.extra_sources=[{sources}]"])
+
+
+def test_a_value_that_is_no_yaml_is_named():
+    with pytest.raises(ConfigError, match="has no readable value"):
+        load_config("mini", ["refresh.photos.max_px=[1"])
+
+
 def test_a_network_is_not_described_beside_a_checkpoint_to_start_from():
     with pytest.raises(ConfigError, match="--set model.channels.*the network is that of start.checkpoint, weights/base; leave it out"):
         load_config("mini", ["start.checkpoint=weights/base", "model.channels=[32, 48]"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import flows.refresh
 from dreamlite_data.settings import ExtraSource
 from dreamlite_data.sources import extra
 from flows.config import load_config
@@ -63,6 +66,18 @@ def test_a_hub_dataset_is_known_by_its_name_and_commit(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: (_ for _ in ()).throw(ConnectionError("no network")))
     assert extra.hub_commit(source) == "main"
     assert source_digest(source) != source_digest(_source(Path("owner/other"), kind="huggingface"))
+
+
+def test_a_table_of_urls_is_looked_at_each_day_and_one_of_files_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(day: int, path: Path) -> str:
+        monkeypatch.setattr(flows.refresh, "datetime", SimpleNamespace(now=lambda zone: datetime(2026, 1, day, tzinfo=zone)))
+        return source_digest(_source(path, kind="jsonl", mapping="image_text"))
+
+    for name, image, changes in (("urls.jsonl", "https://a.example/1.png", True), ("files.jsonl", "1.png", False)):
+        path = tmp_path / name
+        path.write_text(f'{{"file_name": "{image}", "text": "words"}}\n')
+        assert on(1, path) == on(1, path)
+        assert (on(1, path) != on(2, path)) == changes
 
 
 def test_edit_sources_are_in_the_key_of_the_step_that_edits_and_of_no_other(tmp_path: Path) -> None:

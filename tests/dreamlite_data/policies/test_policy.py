@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from PIL import Image
+
+from dreamlite_data import executors, refresh
 from dreamlite_data.lake import Lake
 from dreamlite_data.policies import PolicyError, read_policy
 from dreamlite_data.policies.curate import DATASETS, CurationError, _refuse_surprises, curate, judge
+from tests.dreamlite_data.sources.tables import settings_of
 
 COLUMNS = (
     "SELECT CAST(n AS VARCHAR) AS row_id, 'generate' AS task, 'i' || n AS image_id, CAST(NULL AS VARCHAR) AS source_image_id, 't' AS text, "
@@ -91,3 +96,21 @@ def test_a_lake_without_rows_makes_no_datasets(lake: Lake) -> None:
     from dreamlite_data.settings import PolicySettings
 
     assert curate(lake, PolicySettings().model_dump() | {"sources": [], "seed": "0"}) == []
+
+
+def test_of_a_picture_that_came_twice_the_copy_with_words_stays(lake: Lake, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
+    picture.paste((200, 30, 40), (20, 20, 60, 60))
+    picture.save(folder / "a_without_words.png", compress_level=1)
+    picture.save(folder / "b.png")
+    (folder / "b.txt").write_text("a red square")
+    settings = settings_of(
+        {"name": "own", "kind": "folder", "path": folder}, policy={"require_scene_language": False, "min_sharpness": 0.0, "allow_unanimous": ["*"]}
+    )
+    refresh.ingest(lake, settings, executors.local())
+    refresh.measure(lake, settings, executors.local(), ["quality", "duplicates", "caption"])
+    refresh.curate(lake, settings, 0)
+    assert lake.query("SELECT count(DISTINCT group_id) AS n FROM current_duplicates")["n"].to_pylist() == [1], "they are one picture"
+    assert lake.query("SELECT row_id FROM dataset_rows WHERE name = 't2i'")["row_id"].to_pylist() == ["own/b.png"]

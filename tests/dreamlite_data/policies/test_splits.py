@@ -1,4 +1,4 @@
-"""Splits hang on the names of groups: by default train and heldout as ever, or named, with every turn of a session in one."""
+"""Splits hang on the names of groups, train and heldout or named, with every turn of a session in one."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def _lake_with_a_session(lake: Lake, turns: int, inverse: bool = False) -> None:
 def test_all_turns_of_a_session_share_the_split_of_its_first_picture(lake: Lake) -> None:
     _lake_with_a_session(lake, 12, inverse=True)
     groups: list[str | None] = [f"p{n}" for n in range(12)]
-    by_itself = _splits(lake, groups, heldout_share=0.5, splits={})
-    assert set(by_itself) == {"train", "heldout"}  # the default, which keeps to the group of each edit's own source
+    assert {_split_of(f"p{n}", 0.5) for n in range(12)} == {"train", "heldout"}  # what each turn would draw by itself
+    assert set(_splits(lake, groups, heldout_share=0.5, splits={})) == {_split_of("p0", 0.5)}
     together = _splits(lake, groups, splits={"train": 0.5, "test": 0.5})
     assert set(together) == {"test" if _draw("p0") < 0.5 else "train"}
     lake.append({"edits": [  # what our routes make and later targets of the same picture rename nothing, nor does a way back

@@ -7,14 +7,16 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from dreamlite_data import sources
+from dreamlite_data import executors, refresh, sources
 from dreamlite_data.lake import Lake
 from dreamlite_data.settings import ExtraSource, IngestSettings
 from dreamlite_data.sources.base import DigestCache
 from dreamlite_data.sources.mapping import MappingError
-from tests.dreamlite_data.sources.tables import ingest, picture, rows
+from tests.dreamlite_data.sources.tables import encoded, ingest, picture, rows, settings_of
 
 
 def _line(number: int) -> str:
@@ -117,3 +119,53 @@ def test_a_shard_that_repeats_a_key_says_so_and_keeps_the_first(tmp_path: Path) 
     source = sources.extra_source(ExtraSource(name="set", kind="webdataset", path=tmp_path, mapping="x2edit"))
     first, second = sources.read(next(iter(source.units(DigestCache(tmp_path / "cache")))), IngestSettings())
     assert first.error is None and first.images["target"] == picture(2) and second.error == "repeated_key"
+
+
+def test_a_corrected_licence_or_origin_is_on_every_row(lake: Lake, tmp_path: Path) -> None:
+    source = {"name": "set", "kind": "jsonl", "path": _table(tmp_path / "set", 4), "mapping": "image_text", "rows_per_unit": 2}
+    ingest(lake, source)
+    for told in ({"licence": "CC-BY-4.0"}, {"licence": "CC0-1.0", "origin": "mine"}):
+        assert ingest(lake, source | told)["pending"] == 2 and ingest(lake, source | told)["pending"] == 0
+        found = rows(lake, "SELECT licence, origin, count(*) AS n FROM provenance GROUP BY ALL")
+        assert [(row["licence"], row["n"]) for row in found] == [(told["licence"], 4)] and told.get("origin") in (None, found[0]["origin"])
+
+
+def test_a_corrected_type_and_mask_of_a_triplet_take_the_place_of_the_first_and_are_judged_anew(lake: Lake, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    mapping = tmp_path / "ours.yaml"
+    mapping.write_text(
+        "name: ours\nlayouts: [jsonl]\ntask: edit\nimages: {source: source, target: target}\nmask: {column: mask, marks: white}\n"
+        "instruction: instruction\nedit_type: kind\nedit_types: {add: object/add, remove: object/remove}\n"
+    )
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    for name, left in (("left", 255), ("right", 0)):
+        half = np.full((16, 24), 255 - left, np.uint8)
+        half[:, :12] = left
+        (folder / f"{name}.png").write_bytes(encoded(Image.fromarray(half)))
+
+    def write(kind: str, mask: str) -> None:
+        lines = [{"source": "0.png", "target": "1.png", "instruction": "change it", "kind": kind, "mask": f"{mask}.png"},
+                 {"source": "2.png", "target": "3.png", "instruction": "change that", "kind": "add", "mask": "left.png"}]  # fmt: skip
+        (folder / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    source = {"name": "set", "kind": "jsonl", "path": folder / "t.jsonl", "mapping": str(mapping), "rows_per_unit": 2}
+    settings, executor = settings_of(source), executors.local()
+
+    def run() -> dict[str, int]:
+        refresh.ingest(lake, settings, executor)
+        return refresh.measure(lake, settings, executor, ["quality", "edit", "caption", "verify"])
+
+    write("add", "left")
+    run()
+    first = rows(lake, "SELECT edit_id, edit_type, mask_fraction, mask_png FROM edits JOIN edit_masks USING (edit_id) ORDER BY edit_id")
+    assert [row["edit_type"] for row in first] == ["object/add"] * 2
+    write("remove", "right")
+    assert run()["verify_edit_rows"] == 1, "the corrected one alone"
+    then = rows(lake, "SELECT edit_id, edit_type, mask_fraction, mask_png FROM edits JOIN edit_masks USING (edit_id) ORDER BY edit_id")
+    assert sorted(row["edit_type"] for row in then) == ["object/add", "object/remove"]
+    assert sum(one["mask_png"] != two["mask_png"] for one, two in zip(first, then, strict=True)) == 1
+    assert run()["verify_edit_rows"] == 0
+    judged = rows(lake, "SELECT count(*) AS n, count(DISTINCT subject_id) AS ids FROM current_verify_triplet")[0]
+    assert (judged["n"], judged["ids"]) == (2, 2)

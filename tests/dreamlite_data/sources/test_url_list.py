@@ -97,6 +97,17 @@ def test_wrong_sha256_is_a_failure_with_its_reason(lake: Lake, tmp_path: Path, w
     source = _list(tmp_path / "list.jsonl", {"url": web.url("ok/1"), "sha256": "0" * 64})
     assert _ingest(lake, source)["failed"] == 1
     assert _records(lake)["ok/1"][0] == "wrong_sha256"
+    assert _ingest(lake, source)["asked"] == 0
+    corrected = _list(tmp_path / "list.jsonl", {"url": web.url("ok/1"), "sha256": hashlib.sha256(picture(1)).hexdigest()})
+    assert _ingest(lake, corrected)["asked"] == 1 and _records(lake)["ok/1"][0] is None
+
+
+def test_a_forgotten_url_is_not_asked_again_whatever_the_settings_say(lake: Lake, tmp_path: Path, web: Web) -> None:
+    source = _list(tmp_path / "list.jsonl", {"url": web.url("ok/1")})
+    _ingest(lake, source)
+    lake.write(lambda connection: connection.execute("UPDATE op_download SET error = 'forgotten', permanent = true") and None)
+    assert _ingest(lake, source, opt_out=[], retry_permanent=True)["asked"] == 0
+    assert dict(web.asked) == {"ok/1": 1}
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
