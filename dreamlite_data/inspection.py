@@ -88,7 +88,8 @@ def embed_operator(operator: Callable[..., Any], settings: RefreshSettings, dige
 
 def _describe(lake: Lake, settings: RefreshSettings, executor: Executor, digests: DigestCache) -> dict[str, int | str]:
     makes = list(_describers(lake, settings, digests))
-    switch_off(lake, "describe_", {make().name for make in makes})  # a captioner that was replaced writes no captions any more
+    used = {make().name for make in makes}
+    switch_off(lake, lambda name: name.startswith("describe_") and name not in used)  # a replaced captioner writes no captions any more
     if not makes:
         return {"off": "refresh.captions names no styles"}
     total = {"rows": 0, "failed": 0}

@@ -82,13 +82,14 @@ def try_(
 ) -> None:  # fmt: skip
     """Judge all candidates by a policy file, writing nothing to the lake: funnel beside the current one, and a contact sheet."""
     with _clear_errors():
+        from dreamlite_data.erasure import SHEETS
         from dreamlite_data.policies.contact_sheet import write_contact_sheet
         from dreamlite_data.policies.trial import try_policy
 
         opened = _open(lake)
         trial = try_policy(opened, file, dataset, _overrides(set_))
         _show_trial(trial)
-        path = write_contact_sheet(opened, trial, sheet or lake / "reports" / f"policy-{trial.name}.html", samples)
+        path = write_contact_sheet(opened, trial, sheet or lake / SHEETS / f"policy-{trial.name}.html", samples)
         say(f"contact sheet: {path}")
 
 

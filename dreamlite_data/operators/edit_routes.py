@@ -14,7 +14,7 @@ from dreamlite_data.operators.cutouts import folder_digest
 from dreamlite_data.operators.edit import Edit, ExactEditor, ExactInstructor
 from dreamlite_data.operators.edit_plan import EditPlan
 from dreamlite_data.operators.pairs import COMPOSED_SUBJECTS, INVERSE_SUBJECTS, Pairs
-from dreamlite_data.operators.run import OFF, Measurement, make_current, withdraw_passing_failures
+from dreamlite_data.operators.run import Measurement, switch_off, withdraw_passing_failures
 from dreamlite_data.pictures import Pictures, pictures_folder
 from dreamlite_data.responses import Responses, responses_folder
 from dreamlite_data.settings import PHOTOS, EditModelSettings, RefreshSettings
@@ -41,10 +41,7 @@ def active_routes(settings: RefreshSettings) -> list[str]:
 def forget_unused_routes(lake: Lake, settings: RefreshSettings) -> list[str]:
     """Take the triplets of routes that were on and are off now out of the views; returns the active routes."""
     active = active_routes(settings)
-    used = set(lake.query("SELECT name FROM current_versions WHERE op_version <> $off", {"off": OFF})["name"].to_pylist())
-    for name in ROUTES:
-        if name in used and name not in active:
-            make_current(lake, name, OFF, {})
+    switch_off(lake, lambda name: name in ROUTES and name not in active)
     return active
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ TASKS_PER_QUERY = 32
 
 ROWS_HELD = 8192
 """About so many rows of a temporary file are held at once, to write it and to read it."""
+
+CORRECTED = ("edits", "edit_masks")
+"""Tables that tell what a provider says of a triplet beside the triplet itself."""
+TRIPLET_TABLES = ("op_verify_edit", "op_triplet_measures", "op_edit_question", "op_verify_triplet")
+"""What is measured of a triplet by its type and mask."""
+
+OFF = "off"
+"""The version of an operator that is not used any more: no row has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,22 +240,10 @@ def withdraw_passing_failures(lake: Lake, table: str, version: str, followed_by:
         lake.write(body)
 
 
-CORRECTED = ("edits", "edit_masks")
-"""Tables that tell what a provider says of a triplet beside the triplet itself."""
-TRIPLET_TABLES = ("op_verify_edit", "op_triplet_measures", "op_edit_question", "op_verify_triplet")
-"""What is measured of a triplet by its type and mask."""
-
-OFF = "off"
-"""The version of an operator that is not used any more: no row has it."""
-
-
-def switch_off(lake: Lake, prefix: str, used: Iterable[str]) -> None:
-    """Take the rows of operators whose name begins with `prefix` out of the views, but for those in `used`. They come back without
-    work when they are used again."""
-    names = lake.query(
-        "SELECT name FROM current_versions WHERE starts_with(name, $prefix) AND op_version <> $off", {"prefix": prefix, "off": OFF}
-    )["name"].to_pylist()
-    for name in sorted(set(names) - set(used)):
+def switch_off(lake: Lake, unused: Callable[[str], bool]) -> None:
+    """Take the rows of the operators whose name is `unused` out of the views. They come back without work when they are used again."""
+    names = lake.query("SELECT name FROM current_versions WHERE op_version <> $off ORDER BY name", {"off": OFF})["name"].to_pylist()
+    for name in filter(unused, names):
         make_current(lake, name, OFF, {})
 
 
