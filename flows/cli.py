@@ -234,7 +234,7 @@ def _given(checkpoint: Path, **options: Any) -> dict[str, Any]:
     except ValueError as error:
         fail(f"{error}; one of diffusers is drawn with by its own pipelines, and trained on with --from", 2)
     given = {name: value for name, value in options.items() if value is not None}
-    if distilled and given != {"steps": distilled} and given:
+    if distilled and given not in ({}, {"steps": distilled}):
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         fail(f"{checkpoint} was distilled for {distilled} steps without guidance: leave out {named}", 2)
     return given
