@@ -335,18 +335,19 @@ def test_a_refresh_with_one_percent_new_rows(bench, tmp_path: Path, monkeypatch:
 
 
 INGEST_AND_MEASURE = """
-import sys
+import re, sys
 from dreamlite_data import executors, refresh
 from dreamlite_data.lake import Lake
 from dreamlite_data.settings import RefreshSettings
-from trainers.export.rerun import memory_mb
 settings = RefreshSettings.model_validate_json(sys.argv[2])
 lake = Lake(sys.argv[1])
-peaks = [memory_mb("VmHWM")]  # not ru_maxrss, which a process inherits from the one that started it
+# Not ru_maxrss, which a process inherits from the one that started it; and no import for it, for the start is timed.
+peak_mb = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+peaks = [peak_mb()]
 refresh.ingest(lake, settings, executors.local())
-peaks.append(memory_mb("VmHWM"))
+peaks.append(peak_mb())
 refresh.measure(lake, settings, executors.local(), ["quality"])
-peaks.append(memory_mb("VmHWM"))
+peaks.append(peak_mb())
 print(*peaks)
 """
 
