@@ -18,6 +18,8 @@ from flows.gates import Gate
 from trainers.execution import Device, TrainExecution
 from trainers.settings import ComponentsSettings, EvaluateSettings, ExportSettings, ModelSettings, StartSettings, TrainSettings
 
+EngineName = Literal["prefect", "inline"]
+
 NETWORK_SETTINGS = frozenset(f"model.{name}" for name in ("preset", "channels", "layers", "head_width", "attention_at_full_resolution"))
 """What builds a network from nothing, and is of no use to a run that starts from a checkpoint."""
 
@@ -39,7 +41,7 @@ class ExecSettings(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads that share a batch on CPUs; None takes one for each processor")
     device: Device = Field("auto", description="of training, drawing and judging: auto takes a GPU where torch sees one, else the CPU")
     train: TrainExecution = Field(default_factory=TrainExecution, description="processes of the training steps")
-    engine: Literal["prefect", "inline"] = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
+    engine: EngineName = Field("prefect", description="under Prefect (tracked in its UI), or in this process only")
 
     @model_validator(mode="after")
     def _device_is_set_aside(self) -> ExecSettings:

@@ -7,17 +7,16 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.policies.decided import decided
-from flows.config import ConfigError, PipelineConfig, load_config
+from flows.config import ConfigError, EngineName, PipelineConfig, load_config
 from flows.gates import GateFailed
 from flows.key import SourceTree
 from flows.run import Planned, Run, make_plan
 from flows.server import prefect_server
 from flows.step import Step, StepFailed, StepRecord, find_done
-
-ENGINES = ("prefect", "inline")
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -141,8 +140,8 @@ def execute(
     Raises ConfigError, StepFailed or GateFailed; everything finished until then stays finished.
     """
     go_offline()
-    if engine not in (None, *ENGINES):
-        raise ConfigError(f"no engine '{engine}': there are {' and '.join(ENGINES)}")
+    if engine not in (None, *get_args(EngineName)):
+        raise ConfigError(f"no engine '{engine}': there are {' and '.join(get_args(EngineName))}")
     run = prepare(flow, preset, lake_root, overrides, until, say)
     plan = run.plan()
     if all(planned.state == "done" for planned in plan):
