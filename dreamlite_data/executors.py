@@ -141,16 +141,13 @@ class RayExecutor:
         remote = ray.remote(max_retries=RETRIES, **wanted)(call_without_gpu)
         in_flight = 2 * max(self.num_workers, int(ray.cluster_resources().get("CPU", 1)))
         running = collections.deque(remote.remote(name, task) for task in itertools.islice(waiting, in_flight))
-        try:
-            while running:
-                result = self._get(ray, running[0])
-                running.popleft()
-                for task in itertools.islice(waiting, 1):
-                    running.append(remote.remote(name, task))
-                yield result
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+        # After an error or an early end the tasks in flight run out by themselves. `ray.cancel` would end the whole driver where one of
+        # them completes at that moment (Ray 2.60: "Tried to complete task that was not pending").
+        while running:
+            result = self._get(ray, running.popleft())
+            for task in itertools.islice(waiting, 1):
+                running.append(remote.remote(name, task))
+            yield result
 
     def map_stages(
         self, first: Callable[[Any], Any], second: Callable[[Any], Any], tasks: Iterable[Any], resources: dict[str, float] | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,7 +133,7 @@ def write_table(table: str, rows: pa.Table, staging: Path, key: str) -> str:
     of about 16 MB: they do not compress, and a reader of the narrow columns then never touches them."""
     staging.mkdir(parents=True, exist_ok=True)
     path = staging / f"{table}-{key}.parquet"
-    draft = path.with_suffix(".tmp")
+    draft = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")  # of this task alone: one that was given up may still write the same file
     if table == "images":
         narrow = [name for name in rows.column_names if name != "bytes"]
         mean_bytes = max(1, rows["bytes"].nbytes // max(1, len(rows)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +52,28 @@ def test_a_dead_worker_is_reported_and_the_next_call_works() -> None:
         with pytest.raises(executors.ExecutorError, match="worker process died.*run again"):
             list(pool.map(dies, [1, 2, 3]))
         assert list(pool.map(late_if_first, [2, 3])) == [4, 9]
+
+
+FAILS_OFTEN = """
+from dreamlite_data import executors
+from tests.dreamlite_data.test_executors import fails_at_three
+
+with executors.ray(2) as executor:
+    for _ in range(150):
+        try:
+            list(executor.map(fails_at_three, range(6)))
+        except ValueError:
+            continue
+        raise AssertionError("three is an error")
+print("alive")
+"""
+
+
+@pytest.mark.slow
+def test_errors_while_tasks_are_in_flight_do_not_end_the_driver() -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", FAILS_OFTEN], capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
 
 
 def test_no_task_starts_no_worker() -> None:
