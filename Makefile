@@ -21,7 +21,9 @@ venv: .venv/.stamp  ## the environment, exactly as tested
 retrain: venv    ## raw data to phone artifact and report; PRESET=smoke|mini|mini-long|paper LAKE=lake
 	$(BIN)/dreamlite retrain --preset $(PRESET) --lake $(LAKE)
 
-PYTEST := $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+# A process that dies, and a test that hangs, end the run with their names: pytest-xdist waits for ever after a restart.
+PYTEST := $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 \
+	-o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 
 test: venv       ## the fast tests: everything but the thorough ones and benchmarks
 	$(PYTEST) -m "$(MARK)"
