@@ -3,10 +3,10 @@ Orchestrators call these; nothing here knows of one."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,9 +153,10 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
             answer: dict[str, Any] = {"units": units.count, "pending": len(fresh), "withdrawn": len(gone), "records": 0, "failed": 0, **fetched}
             if len(fresh):
                 tasks = _ingest_tasks(zip(units.at(fresh), replacing, strict=True), settings, version, str(lake.staging))
-                waiting, done = itertools.tee(tasks)
+                given: collections.deque[IngestTask] = collections.deque()  # not `tee`, which lets go of what both have passed only 57 at a time
                 with Progress("ingest", total=len(fresh), unit="units") as bar:
-                    for task, written in zip(done, executor.map(ingest_task, waiting, operator.resources), strict=True):
+                    for written in executor.map(ingest_task, _noted(tasks, given), operator.resources):
+                        task = given.popleft()
                         commit(lake, written, list(task.replaces))
                         answer["records"] += written.rows
                         answer["failed"] += written.failed
@@ -174,6 +175,13 @@ def _as_told(unit: Unit) -> Unit:
         return unit
     told = json.dumps([unit.digest, unit.licence, unit.origin])
     return dataclasses.replace(unit, digest=hashlib.sha256(told.encode()).hexdigest())
+
+
+def _noted(tasks: Iterable[IngestTask], given: collections.deque[IngestTask]) -> Iterator[IngestTask]:
+    """The tasks, each put into `given` as it is taken."""
+    for task in tasks:
+        given.append(task)
+        yield task
 
 
 def _ingest_tasks(units: Iterable[tuple[Unit, bool]], settings: RefreshSettings, version: str, staging: str) -> Iterator[IngestTask]:
