@@ -29,7 +29,15 @@ from dreamlite_data.operators.caption import Caption
 from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
-from dreamlite_data.operators.run import Measurement, commit, delete_records, make_current, measure_pending, withdraw_passing_failures
+from dreamlite_data.operators.run import (
+    Measurement,
+    commit,
+    delete_records,
+    make_current,
+    measure_pending,
+    passing_failures,
+    withdraw_passing_failures,
+)
 from dreamlite_data.operators.score import REWARD, TASKS, Score, weights_digest
 from dreamlite_data.policies.curate import curate as run_policies
 from dreamlite_data.progress import Progress
@@ -44,6 +52,8 @@ __all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "
 
 MEASURES = ("quality", "duplicates", "edit", "caption", *INSPECTIONS, "verify_caption", "verify_edit", "contamination", "semantic")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""
+RETRIED = {"edit": "op_edit", "describe": "op_describe", "verify_edit": "op_edit_question"}
+"""Tables of calls that may fail for a passing reason, by the measurement that makes them."""
 GROUPS = {
     "quality": ("quality", "duplicates"),
     "inspect": INSPECTIONS,
@@ -212,7 +222,8 @@ def _ingest_tasks(units: Iterable[tuple[Unit, bool]], settings: RefreshSettings,
 def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Sequence[str]) -> dict[str, Any]:
     """Run the named measurements (of MEASURES, or the groups of GROUPS) over what they have not seen.
     `edit` makes new images, so the measures of an image follow it at once; `verify_edit` is followed by the triplets that
-    verified ones give rise to, and by the rules of each edit type. Returns rows and failures of each, and why where one is off."""
+    verified ones give rise to, and by the rules of each edit type. Returns rows and failures of each, why where one is off, and
+    `retries` where calls of a model failed for a passing reason: the next time makes them again."""
     require_installed(settings)
     wanted: list[str] = []
     for name in names:
@@ -226,6 +237,8 @@ def measure(lake: Lake, settings: RefreshSettings, executor: Executor, names: Se
                 counts = _measure_one(lake, settings, executor, step)
                 for key, value in counts.items():
                     answer[f"{step}_{key}"] = value if isinstance(value, str) else answer.get(f"{step}_{key}", 0) + value
+        if retries := passing_failures(lake, (RETRIED[name] for name in wanted if name in RETRIED)):
+            answer["retries"] = retries
     return answer
 
 

@@ -218,7 +218,7 @@ def _counts(work: Callable[[StepContext], dict[str, Any]]) -> Callable[[StepCont
     def run(ctx: StepContext) -> StepResult:
         answer = work(ctx)
         numbers = {name: value for name, value in answer.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-        return StepResult(outputs={"answer": answer}, metrics=numbers)
+        return StepResult(outputs={"answer": answer}, metrics=numbers, retries=answer.get("retries", 0))
 
     return run
 

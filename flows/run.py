@@ -41,6 +41,8 @@ def explain(step: str, parts: dict[str, Any], earlier: Iterable[StepRecord]) -> 
         return "never done in this lake", []
     changes, record = min(candidates, key=lambda pair: len(pair[0]))
     if not changes:
+        if record.retries:
+            return f"{record.retries} of its calls failed for a passing reason and are made again", []
         return f"done by run {record.run_id}, but files are missing in {record.directory}", []
     names = ", ".join(name for name, _, _ in changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
     return f"changed since {record.id}: {names}", changes
@@ -48,7 +50,8 @@ def explain(step: str, parts: dict[str, Any], earlier: Iterable[StepRecord]) -> 
 
 def make_plan(steps: Sequence[Step], done: Sequence[StepRecord], sources: SourceTree) -> list[Planned]:
     """What a run of `steps` would do in a lake where `done` (newest first) is finished."""
-    by_key = {(record.step, record.key): record for record in reversed(done) if record.present()}
+    by_key = {(record.step, record.key): record for record in reversed(done)}
+    by_key = {place: record for place, record in by_key.items() if record.settled()}
     planned: dict[str, Planned] = {}
     for step in steps:
         inputs = {name: planned[name].record for name in step.parents}
@@ -143,8 +146,8 @@ class Run:
         key = digest(parts)
         label = f"[{self.steps.index(step) + 1:>2}/{len(self.steps)}] {step.name}"
         done = find_done(self.lake, step.name)
-        record = next((item for item in done if item.key == key and item.present()), None)
-        if record is not None:
+        record = next((item for item in done if item.key == key), None)
+        if record is not None and record.settled():
             self._skip(step, record)
             self.say(f"{label}: skipped, done by {record.run_id}")
         else:

@@ -49,6 +49,7 @@ class StepResult:
     digests: content of the outputs by item; a step that reads 'curate:t2i' sees only digests['t2i']. Without them
         the readers see the step's key, so any re-run upstream re-runs them too.
     rows: further rows for the same transaction, by lake table (checkpoints, artifacts, evals, metrics).
+    retries: calls that failed for a passing reason. A step that has such is done for this run alone: the next run does it again.
     """
 
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class StepResult:
     digests: dict[str, str] = field(default_factory=dict)
     lineage: list[Edge] = field(default_factory=list)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    retries: int = 0
 
 
 @dataclass
@@ -92,6 +94,15 @@ class StepRecord:
             return self.digests[item]
         except KeyError:
             raise KeyError(f"step '{self.step}' has no output '{item}'; it has {sorted(self.digests)}") from None
+
+    @property
+    def retries(self) -> int:
+        """Calls that failed for a passing reason, which the next run makes again."""
+        return self.outputs.get("retries", 0)
+
+    def settled(self) -> bool:
+        """Whether a later run may skip the step: nothing is to be tried again, and its files are there."""
+        return not self.retries and self.present()
 
     def present(self) -> bool:
         """Whether every file it returned still stands with the size it had."""
@@ -226,7 +237,7 @@ def run_step(
         time.sleep(POLL_S)
     try:
         for record in find_done(lake, step.name):
-            if record.key == key and record.present():
+            if record.key == key and (record.present() if waited else record.settled()):
                 return record, False
         before()
         return _compute(lake, step, key, parts, inputs, run_id, held), True
@@ -257,7 +268,7 @@ def _compute(
 
     try:
         result = step.run(StepContext(lake, directory, inputs, step.seed, key, run_id))
-        outputs = _outputs(step, directory, result)
+        outputs = _outputs(step, key, directory, result)
         held.check()
         done = row("done", outputs, result.metrics)
         edges = [*result.lineage, *(Edge("step", step_id(step.name, key), "step", inputs[name].id, "input") for name in step.parents)]
@@ -277,7 +288,7 @@ def _compute(
         raise StepFailed(step.name, directory, error) from error
 
 
-def _outputs(step: Step, directory: Path, result: StepResult) -> dict[str, Any]:
+def _outputs(step: Step, key: str, directory: Path, result: StepResult) -> dict[str, Any]:
     """The result's outputs as stored: plain values; files as paths relative to the directory, with their sizes."""
     values = {name: value for name, value in result.outputs.items() if not isinstance(value, Path)}
     paths, files = {}, {}
@@ -290,7 +301,10 @@ def _outputs(step: Step, directory: Path, result: StepResult) -> dict[str, Any]:
         for file in [value] if value.is_file() else sorted(value.rglob("*")):
             if file.is_file():
                 files[str(file.relative_to(directory))] = file.stat().st_size
-    return {"directory": str(directory), "paths": paths, "files": files, "digests": result.digests, **values}
+    digests = result.digests
+    if result.retries and not digests:  # what a retry brings must reach the readers, which see the key alone where all went well
+        digests = {"all": digest([key, result.retries])}
+    return {"directory": str(directory), "paths": paths, "files": files, "digests": digests, "retries": result.retries, **values}
 
 
 def append_rows(lake: Lake, rows: Mapping[str, list[dict[str, Any]]]) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,12 @@ def withdraw_passing_failures(lake: Lake, table: str, version: str, followed_by:
 
     if lake.query(f"SELECT count(*) AS n {passing}", given)["n"][0].as_py():
         lake.write(body)
+
+
+def passing_failures(lake: Lake, tables: Iterable[str]) -> int:
+    """How many calls in these tables failed for a passing reason, and are made again, of the operators that are in use."""
+    counts = " UNION ALL ".join(f"SELECT count(*) AS n FROM {table} SEMI JOIN current_versions USING (op_version) WHERE retry" for table in tables)
+    return int(lake.query(f"SELECT sum(n)::BIGINT AS n FROM ({counts})")["n"][0].as_py()) if counts else 0
 
 
 def switch_off(lake: Lake, unused: Callable[[str], bool]) -> None:

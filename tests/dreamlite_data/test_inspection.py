@@ -177,7 +177,7 @@ def test_a_failed_call_is_a_row_and_only_a_passing_failure_is_tried_again(
         busy, refused = lake.query("SELECT image_id FROM images ORDER BY image_id LIMIT 2")["image_id"].to_pylist()
         replies = {busy: (503, b"busy", {}), refused: completion("I cannot describe this.")}
         server.reply = lambda body: replies.get(sha256_of_image(body)) or words_about_it(body)
-        assert refresh.measure(lake, settings, executors.local(), ["describe"]) == {"describe_rows": IMAGES, "describe_failed": 2}
+        assert refresh.measure(lake, settings, executors.local(), ["describe"]) == {"describe_rows": IMAGES, "describe_failed": 2, "retries": 1}
         errors = {row["subject_id"]: row["error"] for row in lake.query("SELECT * FROM op_describe WHERE error IS NOT NULL").to_pylist()}
         assert "answered 503" in errors[busy] and errors[refused] == "the model refused: I cannot describe this."
         # Second night: the busy one alone, and for the last time.

@@ -149,6 +149,33 @@ def test_a_failed_gate_stops_with_the_numbers_and_moving_it_redoes_nothing(lake)
         run.take_done(run.plan())
 
 
+def test_calls_that_failed_for_a_passing_reason_are_made_again_by_the_next_run(lake):
+    waiting, seen = [2, 1, 1, 0], []
+
+    def captions(ctx: StepContext) -> StepResult:
+        return StepResult(retries=waiting.pop(0))
+
+    def curate(ctx: StepContext) -> StepResult:
+        seen.append(ctx.inputs["captions"].retries)
+        return StepResult()
+
+    steps = [Step("captions", captions, CODE), Step("curate", curate, CODE, inputs=("captions",))]
+
+    def run() -> Run:
+        made = Run(lake, "test", steps, say=lambda line: None)
+        made.run_all()
+        return made
+
+    run()
+    first, reader = Run(lake, "test", steps).plan()
+    assert (first.state, reader.state) == ("to do", "waits") and first.why == "2 of its calls failed for a passing reason and are made again"
+    assert run().computed == ["captions", "curate"]
+    assert run().computed == ["captions"]  # still one waiting: nothing new for its reader
+    assert run().computed == ["captions", "curate"]
+    assert seen == [2, 1, 0] and not waiting
+    assert [planned.state for planned in Run(lake, "test", steps).plan()] == ["done", "done"]
+
+
 def test_a_gate_may_bound_a_metric_from_above(lake):
     with pytest.raises(GateFailed, match=r"sum/exact after double is 6\.0000, the gate allows at most 5"):
         Pipeline().run(lake, gates=[Gate(after="double", metric="sum/exact", max=5.0)])
