@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -31,6 +32,9 @@ RETRY_LIMIT_S = 60.0
 BUSY_TIMEOUT_MS = 2000
 EXTENSIONS = ("duckdb_extension_sqlite_scanner", "duckdb_extension_ducklake")
 VIEWS_FILE = "views.sql"
+SPILL = ".spill-"
+SPILL_KEPT_S = 86_400.0
+"""A folder of spilled memory that nobody wrote to for so long was left by a killed process."""
 
 
 class LakeError(RuntimeError):
@@ -79,7 +83,10 @@ class Lake:
             self._ensure_tables()
 
     def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
-        settings = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+        # What does not fit into memory goes to a folder of this connection alone, for DuckDB empties the folder when it closes. Its
+        # default is one in the working directory, for all.
+        spill = (Path(tempfile.gettempdir()) if read_only else self.root) / f"{SPILL}{uuid.uuid4().hex}"
+        settings = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false", "temp_directory": str(spill)}
         connection = duckdb.connect(":memory:", config=settings)
         for name in EXTENSIONS:
             connection.execute(f"LOAD '{_extension_file(name)}'")
@@ -291,6 +298,9 @@ class Lake:
         with self.exclusive("refresh"), self.exclusive("write"):
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir()
+            for folder in self.root.glob(f"{SPILL}*"):
+                if time.time() - folder.stat().st_mtime > SPILL_KEPT_S:
+                    shutil.rmtree(folder, ignore_errors=True)
             known = set(self.query("SELECT path FROM __ducklake_metadata_lake.ducklake_data_file")["path"].to_pylist())
             known |= set(self.query("SELECT path FROM __ducklake_metadata_lake.ducklake_delete_file")["path"].to_pylist())
             known = {os.path.basename(path) for path in known}

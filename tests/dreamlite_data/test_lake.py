@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import subprocess
 import sys
@@ -165,6 +166,27 @@ def test_what_no_snapshot_knows_is_cleaned_and_the_rest_stays(lake: Lake) -> Non
     assert lake.clean() == 1
     assert not orphan.exists() and not list(lake.staging.iterdir())
     assert lake.count("captions") == 1
+
+
+def test_what_does_not_fit_into_memory_spills_into_a_folder_of_the_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sort = "SELECT hash(i)::VARCHAR AS word FROM range(1_000_000) t(i) ORDER BY word DESC OFFSET 1"
+    root = tmp_path / "lake"
+    with Lake(root) as lake, Lake(root) as other:
+        spilled = []
+        for each in (lake, other):
+            each._connection.execute("SET memory_limit = '40MB'")
+            assert each.query(f"SELECT count(*) AS n FROM ({sort})")["n"].to_pylist() == [999_999]
+            spilled.append({path.name for path in root.glob(".spill-*")})
+        assert len(spilled[0]) == 1 and len(spilled[1]) == 2
+    assert not list(root.glob(".spill-*")) and not os.listdir(tmp_path / "here")
+    for name, age_s in (("left", 2 * 86_400), ("in_use", 60)):
+        (root / f".spill-{name}").mkdir()
+        os.utime(root / f".spill-{name}", (time.time() - age_s,) * 2)
+    with Lake(root) as lake:
+        lake.clean()
+    assert [path.name for path in root.glob(".spill-*")] == [".spill-in_use"]
 
 
 def test_a_lake_that_is_not_there_cannot_be_read(tmp_path: Path) -> None:
