@@ -3,6 +3,7 @@ They run on the driver over narrow columns, read the history as columns too, and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.operators.base import op_version, stamp
 from dreamlite_data.operators.contamination import ENTRIES, BenchmarkError, Contamination, read_benchmark
 from dreamlite_data.operators.duplicates import Duplicates, History
-from dreamlite_data.operators.run import ROWS_HELD, make_current, pending, pending_file
+from dreamlite_data.operators.run import ROWS_HELD, make_current, pending, pending_files
 from dreamlite_data.operators.semantic import Semantic, unit_vectors
 from dreamlite_data.schema import TABLES
 from dreamlite_data.settings import Benchmark, RefreshSettings
@@ -35,11 +36,11 @@ def group_duplicates(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
         "JOIN images i ON i.image_id = q.subject_id"
     )
     answer = {"rows": 0, "failed": 0}
-    with pending_file(lake, subjects, Duplicates.table, version) as path:
-        if path is not None:
+    with _given_back(), pending_files(lake, subjects, Duplicates.table, version) as paths:
+        if paths:
             written = lake.staging / f"{Duplicates.table}-{version}.parquet"
             with pq.ParquetWriter(written, TABLES[Duplicates.table], compression="zstd") as writer:
-                for found in Duplicates(grouped_before(lake, version, path)).portions(functools.partial(_portions, path)):
+                for found in Duplicates(grouped_before(lake, version, paths)).portions(functools.partial(_portions, paths)):
                     writer.write_table(stamp(Duplicates.table, found, version))
                     answer["rows"] += len(found)
                     answer["failed"] += len(found) - found["error"].null_count
@@ -48,20 +49,33 @@ def group_duplicates(lake: Lake, settings: RefreshSettings) -> dict[str, int]:
     return answer
 
 
-def _portions(path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path) as rows:
-        for batch in rows.iter_batches(ROWS_HELD, columns=list(columns)):
-            yield pa.Table.from_batches([batch])
+@contextlib.contextmanager
+def _given_back() -> Iterator[None]:
+    """Arrow's memory from the system, which gets back at once what is free. Arrow's own allocator keeps it: good for shards of images, and
+    for narrow columns in small portions more than all of them together."""
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)
 
 
-def grouped_before(lake: Lake, version: str, path: str) -> History:
-    """What the new rows at `path` may meet: the hashes of all images that were grouped, and names of groups where they are asked for."""
+def _portions(paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+    for path in paths:
+        with pq.ParquetFile(path) as rows:
+            for batch in rows.iter_batches(ROWS_HELD, columns=list(columns), use_threads=False):
+                yield pa.Table.from_batches([batch])
+
+
+def grouped_before(lake: Lake, version: str, paths: Sequence[str]) -> History:
+    """What the new rows at `paths` may meet: the hashes of all images that were grouped, and names of groups where they are asked for."""
     known = f"(SELECT group_id, phash, pixel_hash FROM {Duplicates.table} WHERE op_version = $version AND group_id IS NOT NULL)"
     of_version = {"version": version}
     phash = lake.query(f"SELECT phash FROM {known} WHERE phash IS NOT NULL", of_version)["phash"].to_numpy()
     pixels = lake.query(
-        f"SELECT min(group_id) AS group_id, pixel_hash FROM {known} JOIN read_parquet($path) USING (pixel_hash) GROUP BY pixel_hash",
-        {**of_version, "path": path},
+        f"SELECT min(group_id) AS group_id, pixel_hash FROM {known} JOIN read_parquet($paths) USING (pixel_hash) GROUP BY pixel_hash",
+        {**of_version, "paths": list(paths)},
     )
 
     def groups(hashes: np.ndarray) -> pa.Table:

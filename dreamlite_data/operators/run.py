@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,11 @@ TASKS_PER_QUERY = 32
 
 ROWS_HELD = 8192
 """About so many rows of a temporary file are held at once, to write it and to read it."""
+
+ROWS_SORTED = 16_384
+"""At most so many rows with all their columns are sorted at once."""
+ID_HEAD = 4
+"""Ids are counted by so many of their first characters, to cut them into ranges: 65,536 counts of ids in hex."""
 
 CORRECTED = ("edits", "edit_masks")
 """Tables that tell what a provider says of a triplet beside the triplet itself."""
@@ -86,24 +92,43 @@ def waiting(lake: Lake, measurement: Measurement, table: str, version: str) -> I
             f"SELECT s.{subject} AS subject_id FROM ({open_rows}) s LEFT JOIN images ON images.image_id = s.{main} "
             "ORDER BY images.filename, images.file_row_number, 1"
         )
-    with _answer_file(lake, rows, version) as path, pq.ParquetFile(path) as subjects:
-        yield subjects
-
-
-@contextlib.contextmanager
-def pending_file(lake: Lake, subjects: str, table: str, version: str) -> Iterator[str | None]:
-    """Path of a temporary Parquet file of what `pending` answers, for rows that are too many to hold; None where nothing is pending."""
-    subject = _subject(lake, subjects)
-    with _answer_file(lake, f"{_open_rows(subjects, subject, table)} ORDER BY s.{subject}", version) as path:
-        yield path if pq.read_metadata(path).num_rows else None
-
-
-@contextlib.contextmanager
-def _answer_file(lake: Lake, sql: str, version: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(dir=lake.staging, suffix=".parquet") as file:
-        place = file.name.replace("'", "''")
-        lake.query(f"COPY ({sql}) TO '{place}' (FORMAT parquet, ROW_GROUP_SIZE {ROWS_HELD})", {"version": version})
-        yield file.name
+        _copy(lake, rows, file.name, {"version": version})
+        with pq.ParquetFile(file.name) as subjects:
+            yield subjects
+
+
+@contextlib.contextmanager
+def pending_files(lake: Lake, subjects: str, table: str, version: str) -> Iterator[list[str]]:
+    """Paths of temporary Parquet files that hold, one after the other, what `pending` answers, for rows that are too many to hold. Each
+    is of one range of ids: one sort of all would hold them, at three times their size."""
+    subject = _subject(lake, subjects)
+    rows = _open_rows(subjects, subject, table)
+    with tempfile.TemporaryDirectory(dir=lake.staging) as folder:
+        paths = []
+        for low, high in _id_ranges(lake, rows, subject, version):
+            paths.append(f"{folder}/{len(paths)}.parquet")
+            within = f"s.{subject} >= $low AND ($high IS NULL OR s.{subject} < $high)"
+            _copy(lake, f"{rows} WHERE {within} ORDER BY s.{subject}", paths[-1], {"version": version, "low": low, "high": high})
+        yield paths
+
+
+def _id_ranges(lake: Lake, rows: str, subject: str, version: str) -> Iterator[tuple[str, str | None]]:
+    """(lowest id, lowest id of the next or None) of ranges of at most ROWS_SORTED rows, if ids tell them apart, in ascending order."""
+    heads = lake.query(f"SELECT left({subject}, {ID_HEAD}) AS head, count(*) AS n FROM ({rows}) GROUP BY 1 ORDER BY 1", {"version": version})
+    lows: list[str] = []
+    filled = ROWS_SORTED
+    for head, count in zip(heads["head"].to_pylist(), heads["n"].to_pylist(), strict=True):
+        if filled + count > ROWS_SORTED:
+            lows.append(head)
+            filled = 0
+        filled += count
+    return itertools.pairwise([*lows, None])
+
+
+def _copy(lake: Lake, sql: str, path: str, parameters: Mapping[str, Any]) -> None:
+    place = path.replace("'", "''")
+    lake.query(f"COPY ({sql}) TO '{place}' (FORMAT parquet, ROW_GROUP_SIZE {ROWS_HELD})", parameters)
 
 
 def pending(lake: Lake, subjects: str, table: str, version: str) -> pa.Table:

@@ -213,7 +213,7 @@ def test_ten_thousand_new_images_beside_a_million_grouped_ones(bench, hashes: tu
     })  # fmt: skip
     pq.write_table(rows, tmp_path / "new.parquet")
     started = time.process_time()
-    history = comparisons.grouped_before(lake, version, str(tmp_path / "new.parquet"))
+    history = comparisons.grouped_before(lake, version, [str(tmp_path / "new.parquet")])
     loaded_s = time.process_time() - started
     found = Duplicates(history)(rows)
     grouped_s = time.process_time() - started - loaded_s
