@@ -20,7 +20,6 @@ from dreamlite_data.checks import check_measurement, judgement_steps
 from dreamlite_data.comparisons import COMPARISONS
 from dreamlite_data.cutout_licences import record_cutouts
 from dreamlite_data.executors import Executor, from_settings
-from dreamlite_data.faults import fault_report
 from dreamlite_data.inspection import INSPECTIONS, inspect, require_installed
 from dreamlite_data.lake import Lake
 from dreamlite_data.listing import Listing
@@ -48,7 +47,7 @@ from dreamlite_data.sources.digests import file_digests
 from dreamlite_data.steering import plan_edits
 from dreamlite_data.taxonomy import record_taxonomy
 
-__all__ = ["GROUPS", "MEASURES", "curate", "fault_report", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
+__all__ = ["GROUPS", "MEASURES", "curate", "funnel", "ingest", "measure", "score", "source_list", "write_sources"]
 
 MEASURES = ("quality", "duplicates", "edit", "caption", *INSPECTIONS, "verify_caption", "verify_edit", "contamination", "semantic")
 """Every measurement but scoring, in the order in which each finds its inputs ready."""

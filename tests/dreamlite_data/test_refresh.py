@@ -14,6 +14,7 @@ import pytest
 
 from dreamlite_data import executors, images, refresh
 from dreamlite_data.dataset import DatasetError, open_dataset, read_images
+from dreamlite_data.faults import fault_report
 from dreamlite_data.lake import Lake
 from dreamlite_data.settings import RefreshSettings
 from tests.dreamlite_data.conftest import build, contents, small_settings
@@ -25,7 +26,7 @@ REWARDS = Path(__file__).parent / "rewards" / "fixtures"
 
 
 def test_filters_find_the_planted_faults(built: Lake, settings: RefreshSettings) -> None:
-    report = {row["fault"]: row for row in refresh.fault_report(built, settings)}
+    report = {row["fault"]: row for row in fault_report(built, settings)}
     assert sum(row["planted"] for row in report.values()) > 30
     for fault, row in report.items():
         assert row["planted"] > 0 and row["recall"] == 1.0, fault
@@ -37,7 +38,7 @@ def test_a_filter_with_a_bad_threshold_shows_in_the_report(tmp_path: Path) -> No
     settings = small_settings(photos={"enabled": False}, policy={"min_sharpness": 0.8, "allow_unanimous": ["*"]})
     lake = Lake(tmp_path)
     build(lake, settings)
-    blurred = next(row for row in refresh.fault_report(lake, settings) if row["fault"] == "blurred")
+    blurred = next(row for row in fault_report(lake, settings) if row["fault"] == "blurred")
     assert blurred["false_positives"] > 0 and blurred["precision"] < 1.0
 
 
@@ -221,6 +222,7 @@ def test_ray_gives_the_rows_of_one_process(built: Lake, settings: RefreshSetting
 KILLED = """
 import sys
 from dreamlite_data import executors, refresh
+from dreamlite_data.faults import fault_report
 from dreamlite_data.lake import Lake
 from dreamlite_data.settings import RefreshSettings
 settings = RefreshSettings.model_validate_json(sys.argv[2])
