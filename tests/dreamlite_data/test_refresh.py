@@ -222,7 +222,6 @@ def test_ray_gives_the_rows_of_one_process(built: Lake, settings: RefreshSetting
 KILLED = """
 import sys
 from dreamlite_data import executors, refresh
-from dreamlite_data.faults import fault_report
 from dreamlite_data.lake import Lake
 from dreamlite_data.settings import RefreshSettings
 settings = RefreshSettings.model_validate_json(sys.argv[2])
