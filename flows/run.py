@@ -50,8 +50,7 @@ def explain(step: str, parts: dict[str, Any], earlier: Iterable[StepRecord]) -> 
 
 def make_plan(steps: Sequence[Step], done: Sequence[StepRecord], sources: SourceTree) -> list[Planned]:
     """What a run of `steps` would do in a lake where `done` (newest first) is finished."""
-    by_key = {(record.step, record.key): record for record in reversed(done)}
-    by_key = {place: record for place, record in by_key.items() if record.settled()}
+    by_key = {(record.step, record.key): record for record in reversed(done) if record.settled()}
     planned: dict[str, Planned] = {}
     for step in steps:
         inputs = {name: planned[name].record for name in step.parents}
@@ -146,8 +145,8 @@ class Run:
         key = digest(parts)
         label = f"[{self.steps.index(step) + 1:>2}/{len(self.steps)}] {step.name}"
         done = find_done(self.lake, step.name)
-        record = next((item for item in done if item.key == key), None)
-        if record is not None and record.settled():
+        record = next((item for item in done if item.key == key and item.settled()), None)
+        if record is not None:
             self._skip(step, record)
             self.say(f"{label}: skipped, done by {record.run_id}")
         else:
