@@ -3,6 +3,7 @@ It exists so that operators, trainers and flows tell how far they are, how fast 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ class Progress:
 
     `total=None` means the end is not known: no percentage and no ETA. `done` is what an earlier run finished: it counts in
     the percentage, not in the rate. Silent when DREAMLITE_PROGRESS=0.
-    A bar inside a bar on a terminal prints plain lines, for only one live line can own the screen.
+    A bar inside a bar on a terminal prints plain lines, and so does one of a worker process: only one live line can own the screen.
     """
 
     _live_owner: Progress | None = None
@@ -51,7 +52,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = self._printed = time.monotonic()
-        if not self.quiet() and sys.stderr.isatty() and Progress._live_owner is None:
+        alone = Progress._live_owner is None and multiprocessing.parent_process() is None
+        if not self.quiet() and sys.stderr.isatty() and alone:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichBar

@@ -19,16 +19,18 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the parts; what it holds already is kept.")] = Path("parts"),
     only: Only = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Parts trained at a time. Default: one a processor.")] = None,
 ) -> None:
-    """Train the parts from nothing and measure each on held-out scenes. Killed, it goes on with the part it was at."""
+    """Train the parts from nothing and measure each on held-out scenes. Killed, it goes on with the parts it was at."""
     with clear_errors():
         from flows.engine import go_offline
 
         go_offline()
         from trainers.components.build import PARTS, build_parts
+        from trainers.parallel import processors
         from trainers.settings import ComponentsSettings
 
-        build_parts(output, ComponentsSettings(source="train", seed=seed), only or PARTS)
+        build_parts(output, ComponentsSettings(source="train", seed=seed), only or PARTS, workers or processors())
         say(f"parts: {output}; use them with --set components.source={output.resolve()}")
 
 

@@ -37,10 +37,10 @@ class ComponentsSettings(StrictSettings):
         description="`packaged` (trained by this project, kept in the package), `train` (train them now) or the path of a"
         " folder with vae/, text_encoder/, tokenizer/, processor/, scheduler/, rewards/generate and rewards/edit",
     )
-    vae_steps: int = Field(14_000, gt=0, description="steps of the VAE when source is `train`")
-    text_encoder_steps: int = Field(2_600, gt=0, description="steps of the text encoder when source is `train`")
+    vae_steps: int = Field(18_000, gt=0, description="steps of the VAE when source is `train`")
+    text_encoder_steps: int = Field(2_200, gt=0, description="steps of the text encoder when source is `train`")
     captioner_steps: int = Field(2_500, gt=0, description="steps of the captioner when source is `train`")
-    reward_steps: int = Field(3_200, gt=0, description="steps of each reward model when source is `train`")
+    reward_steps: int = Field(2_600, gt=0, description="steps of each reward model when source is `train`")
     seed: int = 0
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from dreamlite_data.executors import LocalExecutor
+from dreamlite_data.inference import worker_threads
 from dreamlite_data.progress import Progress
 from trainers.components.captioner import build_captioner, measure_captioner
 from trainers.components.reward import build_reward
@@ -29,7 +33,9 @@ from trainers.settings import ComponentsSettings
 PACKAGED = Path(__file__).parent / "small_world"
 FOLDERS = ("vae", "text_encoder", "tokenizer", "processor", "scheduler", "rewards/generate", "rewards/edit")
 """What a run needs. The captioner serves the data engine's chat and is no part of the model."""
-PARTS = ("vae", "text_encoder", "captioner", "rewards/generate", "rewards/edit")
+CHAINS = (("vae",), ("text_encoder", "captioner"), ("rewards/generate",), ("rewards/edit",))
+"""What can be trained side by side, the longest first; the captioner takes the text encoder's eyes."""
+PARTS = tuple(name for chain in CHAINS for name in chain)
 TARGETS = {
     "vae": {"scenes_read": 0.98},
     "text_encoder": {f"{task}_{field}": 0.99 for task, field in (
@@ -61,8 +67,9 @@ def build_components(settings: ComponentsSettings, output: Path, folders: Sequen
     return _unpacked(source, output / "components", folders)
 
 
-def build_parts(output: Path, settings: ComponentsSettings, only: Sequence[str] = PARTS) -> Path:
-    """Train the parts `only` that `output` does not hold yet: each is recorded when it is done, so a killed build goes on.
+def build_parts(output: Path, settings: ComponentsSettings, only: Sequence[str] = PARTS, workers: int = 1) -> Path:
+    """Train the parts `only` that `output` does not hold yet, `workers` at a time in processes of one thread each: weights do not
+    depend on how many. Each part is recorded when it is done, so a killed build goes on with those it was at.
 
     Raises ValueError for a part that there is not, and where the captioner has no text encoder to take its eyes from.
     """
@@ -73,21 +80,26 @@ def build_parts(output: Path, settings: ComponentsSettings, only: Sequence[str] 
     processor = build_processor(tokenizer, image_px=IMAGE_PX, patch_px=PATCH_PX)
     processor.save_pretrained(output / "processor")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(output / "scheduler")
+    missing = [[name for name in chain if name in only and not (output / name / "record.json").is_file()] for chain in CHAINS]
+    with LocalExecutor(workers) as executor:
+        for _ in executor.map(functools.partial(_build_chain, output, settings), [chain for chain in missing if chain]):
+            pass
+    return output
+
+
+def _build_chain(output: Path, settings: ComponentsSettings, chain: Sequence[str]) -> None:
+    """Train, store, measure and record the parts of one chain, one after the other."""
     steps = {
         "vae": settings.vae_steps, "text_encoder": settings.text_encoder_steps, "captioner": settings.captioner_steps,
         "rewards/generate": settings.reward_steps, "rewards/edit": settings.reward_steps,
     }  # fmt: skip
-    for name in only:
-        folder = output / name
-        if (folder / "record.json").is_file():
-            continue
+    for name in chain:
         started = time.monotonic()
-        with _logged(name, steps[name]) as log:
-            told = _train(name, folder, steps[name], settings.seed, log)
+        with worker_threads(), _logged(name, steps[name]) as log:
+            told = _train(name, output / name, steps[name], settings.seed, log)
         record = {"steps": steps[name], "seed": settings.seed, "seconds": round(time.monotonic() - started), "torch": torch.__version__}
-        store_half(folder)
-        write_record(folder, record | told | {"held_out": measure_part(output, name)})
-    return output
+        store_half(output / name)
+        write_record(output / name, record | told | {"held_out": measure_part(output, name)})
 
 
 def measure_part(folder: Path, name: str) -> dict[str, float]:
@@ -134,7 +146,8 @@ def _train(name: str, folder: Path, steps: int, seed: int, log: Log) -> dict[str
 
 
 class _logged(Progress):  # noqa: N801 - used as a function
-    """A progress bar that hands a trainer its log function."""
+    """A progress bar that hands a trainer its log function. A worker whose build was killed ends at its next line: it must not
+    write a part that the next build is at."""
 
     def __init__(self, label: str, steps: int) -> None:
         super().__init__(label, total=steps, unit="steps")
@@ -143,6 +156,8 @@ class _logged(Progress):  # noqa: N801 - used as a function
         super().__enter__()
 
         def log(step: int, metrics: dict[str, float]) -> None:
+            if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
+                raise SystemExit(f"the build of {self.label} was killed")
             self.advance(step - self.done, **{name: round(value, 4) for name, value in metrics.items()})
 
         return log

@@ -125,31 +125,47 @@ def draw_windows(rng: np.random.Generator, count: int = BATCH, crop_px: int = CR
 
     Windows lie on the latent grid, where objects stand in a whole scene: other phases would be learned for nothing.
     """
-    rows: list[tuple[np.ndarray, ...]] = []
-    while len(rows) < count:
+    picked: list[tuple[scenes.Scene, scenes.SceneObject, int, int]] = []
+    while len(picked) < count:
         scene = scenes.sample_scene(rng)
-        pixels, empty = scenes.render(scene), background(scene.background, scene.style)
-        weight = (object_weight(pixels[None], [scene])[0] + SHAPE_WEIGHT * shape_difference(scene) + GAP_WEIGHT * gaps(scene)).numpy()
-        classes = cell_classes(scene, FACTOR)
         for item in scene.objects:
             if (item.size == "small") != (rng.random() < SMALL_SHARE):
                 continue
             shift = rng.integers(-CROP_SHIFT_PX, CROP_SHIFT_PX + 1, 2)
             corner = np.rint((np.asarray(item.centre_px()) - crop_px / 2 + shift) / FACTOR)
             left, top = np.clip(corner, 0, (scenes.CANVAS_PX - crop_px) // FACTOR).astype(int)
-            at = tuple(slice(start * FACTOR, start * FACTOR + crop_px) for start in (top, left))
-            cells = tuple(slice(start, start + crop_px // FACTOR) for start in (top, left))
-            x, y = (centre - start * FACTOR for centre, start in zip(item.centre_px(), (left, top), strict=True))
-            templates = np.stack([coverage(shape, radius, x, y, crop_px) for shape, radius in TEMPLATES])
-            drawn = np.asarray(TEMPLATES.index((item.shape, scenes.SIZES[item.size])))
-            colour = np.asarray(scenes.COLOURS[item.colour]) * item.brightness
-            rows.append((pixels[at], weight[:, *at], classes[:, *cells], empty[at], colour, templates, drawn))
-    images, weight, classes, behind, colour, templates, drawn = map(np.stack, zip(*rows[:count], strict=True))
+            picked.append((scene, item, left, top))
+    picked = picked[:count]
+    # Whole scenes once each, though several windows may show one: drawing them costs as much as the encoder.
+    shown = {id(scene): scene for scene, *_ in picked}
+    pixels = np.stack([scenes.render(scene) for scene in shown.values()])
+    empty = np.stack([background(scene.background, scene.style) for scene in shown.values()])
+    weight = object_weight(pixels, empty)
+    weight += torch.stack([SHAPE_WEIGHT * shape_difference(scene) + GAP_WEIGHT * gaps(scene) for scene in shown.values()])
+    weight, classes = weight.numpy(), np.stack([cell_classes(scene, FACTOR) for scene in shown.values()])
+
+    rows: list[tuple[np.ndarray, ...]] = []
+    number = {key: index for index, key in enumerate(shown)}
+    for scene, item, left, top in picked:
+        at = tuple(slice(start * FACTOR, start * FACTOR + crop_px) for start in (top, left))
+        cells = tuple(slice(start, start + crop_px // FACTOR) for start in (top, left))
+        index = number[id(scene)]
+        drawn = np.asarray(TEMPLATES.index((item.shape, scenes.SIZES[item.size])))
+        colour = np.asarray(scenes.COLOURS[item.colour]) * item.brightness
+        rows.append((pixels[index][at], weight[index][:, *at], classes[index][:, *cells], empty[index][at], colour, drawn))
+    images, weight, classes, behind, colour, drawn = map(np.stack, zip(*rows, strict=True))
+    x, y = (_column([item.centre_px()[axis] - corner[axis] * FACTOR for _, item, *corner in picked]) for axis in (0, 1))
+    templates = np.stack([coverage(shape, radius, x, y, crop_px) for shape, radius in TEMPLATES], 1)
     return Windows(
         to_tensor(images).contiguous(memory_format=torch.channels_last), torch.from_numpy(weight), torch.from_numpy(classes),
         to_tensor(behind), (torch.from_numpy(colour).float() / 127.5 - 1)[:, :, None, None], torch.from_numpy(templates),
         torch.from_numpy(drawn),
     )  # fmt: skip
+
+
+def _column(values: list[float]) -> np.ndarray:
+    """One value a row, float32 [rows, 1, 1], as `coverage` takes them beside pixels."""
+    return np.asarray(values, dtype=np.float32)[:, None, None]
 
 
 TEMPLATES = [(shape, radius) for shape in scenes.SHAPES for radius in scenes.SIZES.values()]
@@ -169,21 +185,23 @@ def reading_loss(decoded: torch.Tensor, windows: Windows) -> torch.Tensor:
 
 def shape_difference(scene: scenes.Scene) -> torch.Tensor:
     """How much the four shapes differ in each pixel, were each of them drawn for each object: [1, 64, 64] in [0, 1]."""
-    total = np.zeros((scenes.CANVAS_PX, scenes.CANVAS_PX), dtype=np.float32)
-    for item in scene.objects:
-        drawn = np.stack([coverage(shape, scenes.SIZES[item.size], *item.centre_px(), scenes.CANVAS_PX) for shape in scenes.SHAPES])
-        total += drawn.max(0) - drawn.min(0)
-    return torch.from_numpy(total)[None]
+    radius, x, y = _placed(scene)
+    drawn = np.stack([coverage(shape, radius, x, y, scenes.CANVAS_PX) for shape in scenes.SHAPES])
+    return torch.from_numpy((drawn.max(0) - drawn.min(0)).sum(0))[None]
 
 
 def gaps(scene: scenes.Scene) -> torch.Tensor:
     """Pixels within `GAP_REACH_PX` of two objects and inside neither: [1, 64, 64] in [0, 1]."""
-    near, inside = np.zeros((2, scenes.CANVAS_PX, scenes.CANVAS_PX), dtype=np.float32)
-    for item in scene.objects:
-        radius = scenes.SIZES[item.size]
-        near += coverage("square", radius / 0.88 + GAP_REACH_PX, *item.centre_px(), scenes.CANVAS_PX)
-        inside = np.maximum(inside, coverage(item.shape, radius, *item.centre_px(), scenes.CANVAS_PX))
+    radius, x, y = _placed(scene)
+    near = coverage("square", radius / 0.88 + GAP_REACH_PX, x, y, scenes.CANVAS_PX).sum(0)
+    inside = np.max([coverage(item.shape, scenes.SIZES[item.size], *item.centre_px(), scenes.CANVAS_PX) for item in scene.objects], 0)
     return torch.from_numpy((near - 1).clip(0, 1) * (1 - inside))[None]
+
+
+def _placed(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Radius and centre (x, y) in px of each object, [objects, 1, 1]."""
+    centres = [item.centre_px() for item in scene.objects]
+    return _column([scenes.SIZES[item.size] for item in scene.objects]), _column([x for x, _ in centres]), _column([y for _, y in centres])
 
 
 def new_vae() -> AutoencoderTiny:
@@ -212,12 +230,12 @@ def initialise(model: AutoencoderTiny) -> None:
             parameter.data.mul_(0.1)
 
 
-def object_weight(pixels: np.ndarray, drawn: list[scenes.Scene]) -> torch.Tensor:
-    """Weight [N, 1, H, W]: objects and their surroundings count `OBJECT_WEIGHT` times.
+def object_weight(pixels: np.ndarray, empty: np.ndarray) -> torch.Tensor:
+    """Weight [N, 1, H, W] of scenes and their empty backgrounds, both [N, H, W, 3]: objects and their surroundings count
+    `OBJECT_WEIGHT` times.
 
     They cover a tenth of an image; unweighted, the codec learns backgrounds and forgets what stands on them.
     """
-    empty = np.stack([background(scene.background, scene.style) for scene in drawn])
     changed = torch.from_numpy(np.abs(pixels - empty).max(-1) > 4).float().unsqueeze(1)
     return 1 + (OBJECT_WEIGHT - 1) * F.max_pool2d(changed, 5, stride=1, padding=2)
 
