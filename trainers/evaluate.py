@@ -59,11 +59,12 @@ def evaluate_images(
 ) -> list[Row]:
     """Answer all questions and write grid_generate.png, grid_edit.png and scores.json.
 
-    Returns rows (task, metric, value, n, low, high): the exact rates, overall, by kind and by part, and the mean rewards. For a
-    distilled `sampler` its `teacher` answers too, guided and in the student's number of steps: what distillation has to beat.
+    Returns rows (task, metric, value, n, low, high): the exact rates, overall, by kind and by part, the mean rewards, and those of
+    the true answers seen through the VAE, which show how much there is left to gain. For a distilled `sampler` its `teacher` answers
+    too, guided and in the student's number of steps: what distillation has to beat.
     """
     found = answer(sampler, settings)
-    rows = _scores("", found, rewards)
+    rows = _scores("", found, rewards) + _truth_scores(sampler, found, rewards)
     if teacher is not None:
         rows += _scores("teacher_", answer(teacher, settings, sampler.distilled_steps), rewards)
     output.mkdir(parents=True, exist_ok=True)
@@ -79,13 +80,28 @@ def evaluate_images(
 def _scores(prefix: str, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
     """The rates of each task, and the mean reward of each that has a reward model."""
     rows = found.drawn_grades.rows(prefix) + found.edited_grades.rows(prefix)
-    times = len(found.drawn) // len(found.questions.prompts)
+    return rows + _reward_rows(f"{prefix}reward_{{}}", found, rewards, found.drawn, found.edited)
+
+
+def _truth_scores(sampler: Sampler, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
+    """The mean rewards of what was asked for, drawn exactly and taken through the VAE."""
+    asked = {"generate": found.questions.wanted, "edit": found.questions.targets}
+    drawn = {task: sampler.round_trip([as_image(scenes.render(scene)) for scene in asked[task]]) for task in rewards}
+    return _reward_rows("reward_{}_of_truth", found, rewards, drawn.get("generate"), drawn.get("edit"))
+
+
+def _reward_rows(
+    name: str, found: Answers, rewards: dict[str, RewardModel], drawn: np.ndarray | None, edited: np.ndarray | None
+) -> list[Row]:
+    """The mean reward of each task that has a reward model, of pictures of all questions, once or several times in turn."""
+    rows, questions = [], found.questions
     if "generate" in rewards:
-        mu = score_side_by_side(rewards["generate"], found.drawn, found.questions.prompts * times)
-        rows.append(mean_row("generate", f"{prefix}reward_generate", mu))
+        prompts = questions.prompts * (len(drawn) // len(questions.prompts))
+        rows.append(mean_row("generate", name.format("generate"), score_side_by_side(rewards["generate"], drawn, prompts)))
     if "edit" in rewards:
-        mu = score_side_by_side(rewards["edit"], found.edited, found.questions.instructions * times, found.sources)
-        rows.append(mean_row("edit", f"{prefix}reward_edit", mu))
+        instructions = questions.instructions * (len(edited) // len(questions.instructions))
+        mu = score_side_by_side(rewards["edit"], edited, instructions, found.sources[: len(edited)])
+        rows.append(mean_row("edit", name.format("edit"), mu))
     return rows
 
 

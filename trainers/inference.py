@@ -102,6 +102,13 @@ class Sampler:
         """Latents [N, 4, side, side] of RGB squares."""
         return self.vae.encoder(to_tensor(np.stack([np.asarray(image) for image in images]), self.device))
 
+    @torch.no_grad()
+    def round_trip(self, images: Sequence[Image.Image], batch: int = BATCH) -> np.ndarray:
+        """The images as the VAE gives them back, uint8 [N, H, W, 3]: the best that a network on its latents can draw."""
+        squares = [square(image, self.size_px) for image in images]
+        parts = map_threads(lambda start: self._decode(self.encode_images(squares[start : start + batch])), range(0, len(squares), batch))
+        return np.concatenate(list(parts))
+
     def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
         return keyed_normal(NOISE_KEY, list(seeds), (4, self.side, self.side), self.device)
 
@@ -121,5 +128,8 @@ class Sampler:
             steps, scale, image_scale = self.distilled_steps, 1.0, 1.0
         is_edit = torch.full((len(noise),), edit, device=self.device)
         velocity = guided_velocity(self.unet, condition, text, null, is_edit, self.size_px, scale, image_scale)
-        latents = sample(velocity, noise, deployed_sigmas(steps, self.side, self.side))
+        return self._decode(sample(velocity, noise, deployed_sigmas(steps, self.side, self.side)))
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
         return to_uint8(self.vae.decoder(latents))

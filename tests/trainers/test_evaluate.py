@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from dreamlite_data import scenes
+from trainers.conditioning import as_image
 from trainers.evaluate import answer, evaluate_images
 from trainers.inference import Sampler
+from trainers.pixels import to_uint8
 from trainers.questions import draw_questions
 from trainers.settings import EvaluateSettings
 
@@ -33,6 +35,10 @@ class Artist:
     def edit(self, images, instructions, seeds, *, steps, guidance_scale, image_guidance_scale):  # noqa: ANN001, ANN201
         chosen = self.questions.sources if self.lazy else self.questions.targets
         return np.stack([scenes.render(scene) for scene in chosen])
+
+
+    def round_trip(self, images):  # noqa: ANN001, ANN201
+        return np.stack([np.asarray(image) for image in images]) // 2
 
 
 class RedShare:
@@ -63,7 +69,19 @@ def test_student_and_teacher_are_scored_on_their_own_pictures(tmp_path) -> None:
     found = values(evaluate_images(Artist(), {"edit": RedShare()}, SETTINGS, tmp_path, teacher=Artist(lazy=True)))
     targets, sources = (np.stack([scenes.render(scene) for scene in drawn]) for drawn in (Artist().questions.targets, Artist().questions.sources))
     assert np.isclose(found["reward_edit"], targets[..., 0].mean()) and np.isclose(found["teacher_reward_edit"], sources[..., 0].mean())
+    assert np.isclose(found["reward_edit_of_truth"], (targets[..., 0] // 2).mean())  # the targets through a VAE that halves them
+    assert "teacher_reward_edit_of_truth" not in found  # the truth is the same for both
     assert not {"reward_generate", "teacher_reward_generate"} & set(found)  # no reward model, no row
+
+
+def test_a_round_trip_is_the_vae_and_nothing_else(checkpoints) -> None:
+    sampler = Sampler.load(checkpoints["base"])
+    images = [as_image(scenes.render(scene)) for scene in Artist().questions.wanted[:3]]
+    alone = np.concatenate([sampler.round_trip([image]) for image in images])
+    with torch.no_grad():
+        expected = to_uint8(sampler.vae.decoder(sampler.encode_images(images)))
+    assert (sampler.round_trip(images, batch=2) == alone).all() and (alone == expected).all()
+    assert (alone != np.stack([np.asarray(image) for image in images])).any()
 
 
 def test_a_base_checkpoint_answers_in_the_steps_of_the_settings_and_a_mobile_one_in_its_own(checkpoints) -> None:
