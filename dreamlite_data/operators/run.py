@@ -103,23 +103,28 @@ def pending_files(lake: Lake, subjects: str, table: str, version: str) -> Iterat
     """Paths of temporary Parquet files that hold, one after the other, what `pending` answers, for rows that are too many to hold. Each
     is of one range of ids: one sort of all would hold them, at three times their size."""
     subject = _subject(lake, subjects)
-    rows = _open_rows(subjects, subject, table)
     with tempfile.TemporaryDirectory(dir=lake.staging) as folder:
         paths = []
-        for low, high in _id_ranges(lake, rows, subject, version):
+        for low, high in _id_ranges(lake, subjects, subject, table, version):
             paths.append(f"{folder}/{len(paths)}.parquet")
-            within = f"s.{subject} >= $low AND ($high IS NULL OR s.{subject} < $high)"
-            _copy(lake, f"{rows} WHERE {within} ORDER BY s.{subject}", paths[-1], {"version": version, "low": low, "high": high})
+            rows = _open_rows(subjects, subject, table, "{} >= $low AND ($high IS NULL OR {} < $high)")
+            _copy(lake, f"{rows} ORDER BY s.{subject}", paths[-1], {"version": version, "low": low, "high": high})
+            if not pq.read_metadata(paths[-1]).num_rows:
+                paths.pop()
         yield paths
 
 
-def _id_ranges(lake: Lake, rows: str, subject: str, version: str) -> Iterator[tuple[str, str | None]]:
-    """(lowest id, lowest id of the next or None) of ranges of at most ROWS_SORTED rows, if ids tell them apart, in ascending order."""
-    heads = lake.query(f"SELECT left({subject}, {ID_HEAD}) AS head, count(*) AS n FROM ({rows}) GROUP BY 1 ORDER BY 1", {"version": version})
-    lows: list[str] = []
-    filled = ROWS_SORTED
+def _id_ranges(lake: Lake, subjects: str, subject: str, table: str, version: str) -> Iterator[tuple[str, str | None]]:
+    """(lowest id, lowest id of the next or None) of ranges that hold all ids, in ascending order, each with at most ROWS_SORTED pending
+    rows if ids tell them apart. Counted as rows less those that are done, for to ask which are would hold the ids of all."""
+    heads = lake.query(
+        f"SELECT head, sum(n)::BIGINT AS n FROM (SELECT left({subject}, {ID_HEAD}) AS head, count(*) AS n FROM ({subjects}) GROUP BY 1 UNION ALL "
+        f"SELECT left(subject_id, {ID_HEAD}), -count(*) FROM {table} WHERE op_version = $version GROUP BY 1) GROUP BY 1 HAVING sum(n) > 0 ORDER BY 1",
+        {"version": version},
+    )
+    lows, filled = [""], 0
     for head, count in zip(heads["head"].to_pylist(), heads["n"].to_pylist(), strict=True):
-        if filled + count > ROWS_SORTED:
+        if filled and filled + count > ROWS_SORTED:
             lows.append(head)
             filled = 0
         filled += count
@@ -142,9 +147,12 @@ def _subject(lake: Lake, subjects: str) -> str:
     return lake.query(f"DESCRIBE SELECT * FROM ({subjects})")["column_name"][0].as_py()
 
 
-def _open_rows(subjects: str, subject: str, table: str) -> str:
-    """SQL for the rows `s` of `subjects` that have no row of $version in `table`."""
-    return f"SELECT s.* FROM ({subjects}) s ANTI JOIN (SELECT subject_id FROM {table} WHERE op_version = $version) d ON d.subject_id = s.{subject}"
+def _open_rows(subjects: str, subject: str, table: str, within: str = "true") -> str:
+    """SQL for the rows `s` of `subjects` that have no row of $version in `table`. `within` is a condition on ids, {} for the id: said of
+    both sides, for DuckDB would hold all that is done and not what is done of these."""
+    some = f"SELECT * FROM ({subjects}) WHERE {within.replace('{}', subject)}"
+    done = f"SELECT subject_id FROM {table} WHERE op_version = $version AND {within.replace('{}', 'subject_id')}"
+    return f"SELECT s.* FROM ({some}) s ANTI JOIN ({done}) d ON d.subject_id = s.{subject}"
 
 
 def cut(lake: Lake, measurement: Measurement, subjects: pq.ParquetFile, version: str, rows_per_task: int) -> Iterator[Task]:

@@ -36,3 +36,16 @@ def test_files_of_pending_rows_are_the_pending_rows(named, at_once: int, least_f
         with run.pending_files(lake, SUBJECTS.replace("FROM captions", "FROM captions WHERE false"), "op_contamination", "now") as paths:
             assert paths == []
         assert not list(lake.staging.iterdir())
+
+
+def test_what_is_done_of_rows_that_are_gone_hides_no_pending_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ROWS_SORTED", 2)
+    ids = [f"{number:04}" for number in range(9)]
+    done = [f"{name}/gone" for name in ids[:7] for _ in range(2)]
+    with Lake(tmp_path / "lake") as lake:
+        lake.append({
+            "captions": schema.rows_table("captions", [{"caption_id": name, "text": "any"} for name in ids]),
+            "op_contamination": schema.rows_table("op_contamination", [{"subject_id": name, "op_version": "now"} for name in done]),
+        })  # fmt: skip
+        with run.pending_files(lake, SUBJECTS, "op_contamination", "now") as paths:
+            assert pa.concat_tables(map(pq.read_table, paths))["caption_id"].to_pylist() == ids
