@@ -323,9 +323,9 @@ def register_files(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, S
     for name, paths in tables.items():
         if name not in schema.TABLES:
             raise KeyError(f"the lake has no table {name!r}; its tables are {', '.join(schema.TABLES)}")
-        for path in paths:
+        if paths:
             # A table of an older lake may have columns that the schema no longer names: they are null from here on.
-            connection.execute("CALL ducklake_add_data_files('lake', ?, ?, allow_missing => true)", [name, str(path)])
+            connection.execute("CALL ducklake_add_data_files('lake', ?, ?, allow_missing => true)", [name, [str(path) for path in paths]])
 
 
 def _create_tables(connection: duckdb.DuckDBPyConnection, missing: Mapping[str, Sequence[str]]) -> None:

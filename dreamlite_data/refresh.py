@@ -25,13 +25,12 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.listing import Listing
 from dreamlite_data.operators.base import op_version
 from dreamlite_data.operators.caption import Caption
+from dreamlite_data.operators.commits import Commits, delete_records
 from dreamlite_data.operators.edit_routes import ROUTES, forget_unused_routes, route_measurement
 from dreamlite_data.operators.ingest import Ingest, IngestTask, ingest_task
 from dreamlite_data.operators.quality import Quality
 from dreamlite_data.operators.run import (
     Measurement,
-    commit,
-    delete_records,
     make_current,
     measure_pending,
     passing_failures,
@@ -163,10 +162,10 @@ def ingest(lake: Lake, settings: RefreshSettings, executor: Executor) -> dict[st
             if len(fresh):
                 tasks = _ingest_tasks(zip(units.at(fresh), replacing, strict=True), settings, version, str(lake.staging))
                 given: collections.deque[IngestTask] = collections.deque()  # not `tee`, which lets go of what both have passed only 57 at a time
-                with Progress("ingest", total=len(fresh), unit="units") as bar:
+                with Progress("ingest", total=len(fresh), unit="units") as bar, Commits(lake) as commits:
                     for written in executor.map(ingest_task, _noted(tasks, given), operator.resources):
                         task = given.popleft()
-                        commit(lake, written, list(task.replaces))
+                        commits.add(written, task.replaces)
                         answer["records"] += written.rows
                         answer["failed"] += written.failed
                         bar.advance(len(task.units), records=answer["records"], failed=answer["failed"])

@@ -36,13 +36,15 @@ def pixel_digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{width}x{height}:".encode() + pixels.tobytes()).hexdigest()
 
 
-def free_of_forgotten(lake: Lake, written: Written) -> Written:
-    """What a worker wrote without the images that were forgotten and all that names them; the files are rewritten in place.
+def tombstones(lake: Lake) -> list[dict[str, Any]]:
+    """The images that were forgotten: how each is recognised, and why it is gone."""
+    return lake.query("SELECT image_id, original_sha256, pixel_sha256, width, height, takedown_id, reason FROM tombstones").to_pylist()
+
+
+def free_of_forgotten(written: Written, stones: list[dict[str, Any]]) -> Written:
+    """What a worker wrote without the images that `tombstones` names and all that names them; the files are rewritten in place.
     A record of a source that brings such an image becomes a row with the error 'forgotten' and the reason."""
-    if not {"images", "provenance"} & written.files.keys():
-        return written
-    stones = lake.query("SELECT image_id, original_sha256, pixel_sha256, width, height, takedown_id, reason FROM tombstones").to_pylist()
-    if not stones:
+    if not stones or not {"images", "provenance"} & written.files.keys():
         return written
     tables = {name: pq.read_table(path) for name, path in written.files.items()}
     refused = _refused(tables, stones)

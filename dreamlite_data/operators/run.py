@@ -1,4 +1,4 @@
-"""Find the rows that an operator has not measured yet, run it over them on an executor, and commit shard by shard.
+"""Find the rows that an operator has not measured yet, run it over them on an executor, and commit what comes back.
 Pending work is a query, so a first build, a nightly refresh and a resume after a crash are the same code."""
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ import pyarrow.parquet as pq
 from dreamlite_data import schema
 from dreamlite_data.dataset import image_places
 from dreamlite_data.executors import Executor
-from dreamlite_data.lake import Lake, insert, register_files
-from dreamlite_data.operators.base import Operator, Task, Written, op_version, run_task, write_table
+from dreamlite_data.lake import Lake, insert
+from dreamlite_data.operators.base import Operator, Task, op_version, run_task
+from dreamlite_data.operators.commits import Commits
 from dreamlite_data.operators.stages import infer_task, prepare_task
 from dreamlite_data.progress import Progress
-from dreamlite_data.tombstones import free_of_forgotten
 
 TASKS_PER_QUERY = 32
 """Inputs of so many tasks are read together: a query per task would scan the subjects once per task."""
@@ -36,11 +35,6 @@ ROWS_SORTED = 16_384
 """At most so many rows with all their columns are sorted at once."""
 ID_HEAD = 4
 """Ids are counted by so many of their first characters, to cut them into ranges: 65,536 counts of ids in hex."""
-
-CORRECTED = ("edits", "edit_masks")
-"""Tables that tell what a provider says of a triplet beside the triplet itself."""
-TRIPLET_TABLES = ("op_verify_edit", "op_triplet_measures", "op_edit_question", "op_verify_triplet")
-"""What is measured of a triplet by its type and mask."""
 
 OFF = "off"
 """The version of an operator that is not used any more: no row has it."""
@@ -64,13 +58,13 @@ def measure_pending(lake: Lake, measurement: Measurement, executor: Executor, ro
     with waiting(lake, measurement, operator.table, version) as subjects:
         if subjects.metadata.num_rows:
             tasks = cut(lake, measurement, subjects, version, rows_per_task)
-            with Progress(operator.name, total=subjects.metadata.num_rows, unit="rows") as bar:
+            with Progress(operator.name, total=subjects.metadata.num_rows, unit="rows") as bar, Commits(lake) as commits:
                 if hasattr(operator, "prepare"):
                     results = executor.map_stages(prepare_task, infer_task, tasks, operator.resources)
                 else:
                     results = executor.map(run_task, tasks, operator.resources)
                 for written in results:
-                    commit(lake, written)
+                    commits.add(written)
                     measured += written.rows
                     failed += written.failed
                     bar.advance(written.rows, failed=failed)
@@ -185,78 +179,6 @@ def _places(lake: Lake, measurement: Measurement, rows: pa.Table) -> dict[str, t
     if lost:
         raise LookupError(f"{len(lost)} images are referred to but not stored, the first is {lost[0]}")
     return places
-
-
-def commit(lake: Lake, written: Written, withdraw: list[tuple[str, str]] | None = None) -> None:
-    """Register what one worker wrote, in one transaction. Content that the lake has already is left out, and so is what was
-    forgotten. `withdraw` names (source, shard) whose earlier records go in the same transaction; what they bring anew of a triplet
-    that is known, a corrected type or mask, takes the place of what was, and its measurements are pending again."""
-    files: dict[str, list[Path]] = {}
-    corrected: dict[str, pa.Array] = {}
-    for name, path in free_of_forgotten(lake, written).files.items():
-        if withdraw and name in CORRECTED:
-            corrected[name] = _corrected(lake, name, Path(path))
-        fresh = _without_known(lake, name, Path(path), corrected.get(name))
-        if fresh is not None:
-            files[name] = [lake.place(name, fresh)]
-
-    def body(connection: Any) -> None:
-        delete_records(connection, withdraw or [])
-        for name, ids in corrected.items():
-            connection.register("corrected", pa.table({"id": ids}))
-            connection.execute(f"DELETE FROM {name} WHERE edit_id IN (FROM corrected)")
-            for table in TRIPLET_TABLES:
-                connection.execute(f"DELETE FROM {table} WHERE subject_id IN (FROM corrected)")
-            connection.unregister("corrected")
-        register_files(connection, files)
-
-    if files or withdraw:
-        lake.write(body)
-
-
-def delete_records(connection: Any, shards: list[tuple[str, str]]) -> None:
-    """Take the records of these (source, shard) out of the current state; earlier snapshots keep them."""
-    if not shards:
-        return
-    connection.register("gone", pa.table({"source": [source for source, _ in shards], "shard": [shard for _, shard in shards]}))
-    of_gone = "(source, shard) IN (SELECT source, shard FROM gone)"
-    for table in schema.RECORD_TABLES:
-        connection.execute(f"DELETE FROM {table} WHERE record_id IN (SELECT subject_id FROM op_ingest WHERE {of_gone})")
-    for table in ("op_ingest", "provenance", "op_shard"):
-        connection.execute(f"DELETE FROM {table} WHERE {of_gone}")
-    connection.unregister("gone")
-
-
-def _corrected(lake: Lake, table: str, path: Path) -> pa.Array:
-    """Ids of the triplets of a provider that the worker's file describes otherwise than the lake does."""
-    rows = pq.read_table(path)
-    differs = " OR ".join(f"r.{name} IS DISTINCT FROM t.{name}" for name in rows.column_names if name not in ("edit_id", "op_version"))
-    found = lake.query(
-        f"SELECT DISTINCT edit_id FROM rows_read r JOIN {table} t USING (edit_id) JOIN edits e USING (edit_id) "
-        f"WHERE e.route = 'provider' AND ({differs}) ORDER BY 1",
-        rows_read=rows,
-    )
-    return found["edit_id"].combine_chunks()
-
-
-def _without_known(lake: Lake, table: str, path: Path, corrected: pa.Array | None = None) -> Path | None:
-    """The worker's file without content that is stored already, but for rows that are corrected; None where nothing is left."""
-    keys = [schema.CONTENT_KEYS[table]] if table in schema.CONTENT_KEYS else ["subject_id", "op_version"]
-    if table not in schema.CONTENT_KEYS and table not in schema.MEASURED_AT_INGEST:
-        return path
-    key, ids = keys[0], pq.read_table(path, columns=keys)
-    equal = " AND ".join(f"ids.{column} = {table}.{column}" for column in keys)
-    known = lake.query(f"SELECT {key} AS id FROM {table} SEMI JOIN ids ON {equal}", ids=ids)["id"]
-    if not len(known):
-        return path
-    keep = np.asarray(pc.invert(pc.is_in(ids[key], known)))
-    if corrected is not None:
-        keep |= np.asarray(pc.is_in(ids[key], corrected))
-    if not keep.any():
-        path.unlink()
-        return None
-    rows = pq.read_table(path).filter(pa.array(keep))
-    return Path(write_table(table, rows, path.parent, path.stem.removeprefix(f"{table}-") + "n"))
 
 
 def withdraw_passing_failures(lake: Lake, table: str, version: str, followed_by: tuple[str, ...] = ()) -> None:
