@@ -22,7 +22,7 @@ from trainers.components.captioner import build_captioner, measure_captioner
 from trainers.components.reward import build_reward
 from trainers.components.reward_measure import pair_accuracy
 from trainers.components.storage import store_half, unpack
-from trainers.components.text_encoder import IMAGE_PX, PATCH_PX, build_text_encoder
+from trainers.components.text_encoder import IMAGE_PX, PATCH_PX, VISION_STEPS, build_text_encoder
 from trainers.components.text_probe import linear_probe
 from trainers.components.tokenizer import build_processor, build_tokenizer
 from trainers.components.vae import build_vae, measure_vae
@@ -95,7 +95,8 @@ def _build_chain(output: Path, settings: ComponentsSettings, chain: Sequence[str
     }  # fmt: skip
     for name in chain:
         started = time.monotonic()
-        with worker_threads(), _logged(name, steps[name]) as log:
+        first = VISION_STEPS if name == "text_encoder" else 0
+        with worker_threads(), _logged(name, first + steps[name]) as log:
             told = _train(name, output / name, steps[name], settings.seed, log)
         record = {"steps": steps[name], "seed": settings.seed, "seconds": round(time.monotonic() - started), "torch": torch.__version__}
         store_half(output / name)

@@ -152,7 +152,7 @@ def build_text_encoder(
     seed: int = 0,
     log: Callable[[int, dict[str, float]], None],
 ) -> tuple[Qwen3VLForConditionalGeneration, dict[str, float]]:
-    """Train the vision tower for `VISION_STEPS`, then `steps` of everything on captions and on instructions with sources.
+    """Train the vision tower for `VISION_STEPS`, then `steps` of everything on captions and on instructions with sources; `log` counts both.
 
     Returns the encoder and the share of held-out prompts whose whole scene the probe reads from the kept states.
     """
@@ -176,7 +176,7 @@ def build_text_encoder(
         losses = {"vision": seen.loss(torch.cat(model.model.get_image_features(patches, grids).pooler_output), batch)}
         update(losses, PEAK_RATE * min(1.0, (step + 1) / 50) * (1 - 0.5 * step / VISION_STEPS))
         if (step + 1) % 20 == 0:
-            log(0, {name: loss.item() for name, loss in losses.items()})
+            log(step + 1, {name: loss.item() for name, loss in losses.items()})
     for name, parameter in model.model.visual.named_parameters():
         parameter.requires_grad_(name.startswith("deepstack"))  # these merge early features into the decoder, which only now learns
     drop, tail = check_drop_lengths(tokenizer), turn_end_tokens(tokenizer)
@@ -195,7 +195,7 @@ def build_text_encoder(
                 losses["site"] = SITE_WEIGHT * site.loss(last, prompts.edits)
         update(losses, PEAK_RATE * min(1.0, (step + 1) / 50) * max(0.01, 1 - step / steps))
         if (step + 1) % 20 == 0 or step + 1 == steps:
-            log(step + 1, {name: loss.item() for name, loss in losses.items()})
+            log(VISION_STEPS + step + 1, {name: loss.item() for name, loss in losses.items()})
     encoder = PromptEncoder(model, tokenizer, processor, "post_norm")
     return model, measure_text_encoder(encoder, probe.eval(), seed=seed + 1_000)
 

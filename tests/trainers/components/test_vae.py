@@ -30,8 +30,8 @@ def test_the_packaged_vae_is_no_cap_on_what_a_model_can_show() -> None:
     vae = load_vae(PACKAGED)
     assert latent_scale(vae.config) == 8 and vae.config.latent_channels == 4
     metrics = measure_vae(vae, seed=77, count=192)
-    assert metrics["scenes_read"] >= 0.95  # 0.981 of 2,048 scenes, see its record
-    assert metrics["scenes_read_noisy"] >= 0.94
+    assert metrics["scenes_read"] >= 0.97  # 0.989 of 2,048 scenes, see its record
+    assert metrics["scenes_read_noisy"] >= 0.97
     assert abs(metrics["latent_mean"]) < 0.1 and 0.7 < metrics["latent_std"] < 1.3  # what unit noise expects
 
 
