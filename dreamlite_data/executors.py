@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -71,7 +72,7 @@ class LocalExecutor:
         if self._pool is None:
             self.started += 1
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_quiet_worker)
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker)
         waiting = itertools.chain(first, waiting)
         running: collections.deque[Future] = collections.deque(
             self._pool.submit(function, task) for task in itertools.islice(waiting, 2 * self.workers)
@@ -109,9 +110,16 @@ class LocalExecutor:
         self.close()
 
 
-def _quiet_worker() -> None:
+def _start_worker() -> None:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # one worker per core: libraries must not add threads of their own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed process would wait for its next task for ever, and write what the next run is writing."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class RayExecutor:

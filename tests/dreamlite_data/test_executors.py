@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dreamlite_data import executors
@@ -74,6 +76,38 @@ def test_errors_while_tasks_are_in_flight_do_not_end_the_driver() -> None:
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", FAILS_OFTEN], capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
+
+
+def says_its_name_and_waits(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def test_workers_of_a_killed_process_end_with_it(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    work = f"list(local(2).map(says_its_name_and_waits, [{str(tmp_path)!r}] * 6))"
+    code = f"from dreamlite_data.executors import local\nfrom tests.dreamlite_data.test_executors import *\nif __name__ == '__main__':\n    {work}"
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": root})
+    _wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    workers = [psutil.Process(int(path.name)) for path in tmp_path.iterdir()]
+    assert not any(map(_ended, workers))
+    driver.kill()
+    driver.wait()
+    _wait_until(lambda: all(map(_ended, workers)))
+
+
+def _ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _wait_until(true: Callable[[], bool], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_no_task_starts_no_worker() -> None:

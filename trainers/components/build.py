@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,8 +146,7 @@ def _train(name: str, folder: Path, steps: int, seed: int, log: Log) -> dict[str
 
 
 class _logged(Progress):  # noqa: N801 - used as a function
-    """A progress bar that hands a trainer its log function. A worker whose build was killed ends at its next line: it must not
-    write a part that the next build is at."""
+    """A progress bar that hands a trainer its log function."""
 
     def __init__(self, label: str, steps: int) -> None:
         super().__init__(label, total=steps, unit="steps")
@@ -157,8 +155,6 @@ class _logged(Progress):  # noqa: N801 - used as a function
         super().__enter__()
 
         def log(step: int, metrics: dict[str, float]) -> None:
-            if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
-                raise SystemExit(f"the build of {self.label} was killed")
             self.advance(step - self.done, **{name: round(value, 4) for name, value in metrics.items()})
 
         return log
