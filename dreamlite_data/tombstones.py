@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +37,16 @@ def pixel_digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{width}x{height}:".encode() + pixels.tobytes()).hexdigest()
 
 
-def tombstones(lake: Lake) -> list[dict[str, Any]]:
-    """The images that were forgotten: how each is recognised, and why it is gone."""
-    return lake.query("SELECT image_id, original_sha256, pixel_sha256, width, height, takedown_id, reason FROM tombstones").to_pylist()
-
-
-def free_of_forgotten(written: Written, stones: list[dict[str, Any]]) -> Written:
-    """What a worker wrote without the images that `tombstones` names and all that names them; the files are rewritten in place.
+def free_of_forgotten(lake: Lake, results: Sequence[Written]) -> Sequence[Written]:
+    """What workers wrote without the images that were forgotten and all that names them; the files are rewritten in place.
     A record of a source that brings such an image becomes a row with the error 'forgotten' and the reason."""
-    if not stones or not {"images", "provenance"} & written.files.keys():
-        return written
+    if not any({"images", "provenance"} & written.files.keys() for written in results):
+        return results
+    stones = lake.query("SELECT image_id, original_sha256, pixel_sha256, width, height, takedown_id, reason FROM tombstones").to_pylist()
+    return [_free_of(stones, written) for written in results] if stones else results
+
+
+def _free_of(stones: list[dict[str, Any]], written: Written) -> Written:
     tables = {name: pq.read_table(path) for name, path in written.files.items()}
     refused = _refused(tables, stones)
     if not refused:

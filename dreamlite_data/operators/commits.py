@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from dreamlite_data import schema
 from dreamlite_data.lake import Lake, register_files
 from dreamlite_data.operators.base import Written, write_table
-from dreamlite_data.tombstones import free_of_forgotten, tombstones
+from dreamlite_data.tombstones import free_of_forgotten
 
 REST = 10.0
 """Between two commits passes at least so many times what the last one took. A commit looks through the ids of all that the lake has
@@ -75,10 +75,9 @@ def commit(lake: Lake, results: Sequence[Written], withdraw: Sequence[tuple[str,
     out, and so is what was forgotten. `withdraw` names (source, shard) whose earlier records go in the same transaction; what the
     results bring anew of a triplet that is known, a corrected type or mask, takes the place of what was, and its measurements are
     pending again."""
-    stones = tombstones(lake) if any({"images", "provenance"} & written.files.keys() for written in results) else []
     written_files: dict[str, list[Path]] = {}
-    for written in results:
-        for name, path in free_of_forgotten(written, stones).files.items():
+    for written in free_of_forgotten(lake, results):
+        for name, path in written.files.items():
             written_files.setdefault(name, []).append(Path(path))
     corrected = {name: _corrected(lake, name, paths) for name, paths in written_files.items() if withdraw and name in CORRECTED}
     files = {
