@@ -80,28 +80,24 @@ def evaluate_images(
 def _scores(prefix: str, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
     """The rates of each task, and the mean reward of each that has a reward model."""
     rows = found.drawn_grades.rows(prefix) + found.edited_grades.rows(prefix)
-    return rows + _reward_rows(f"{prefix}reward_{{}}", found, rewards, found.drawn, found.edited)
+    return rows + _reward_rows(f"{prefix}reward_{{}}", found, rewards, {"generate": found.drawn, "edit": found.edited})
 
 
 def _truth_scores(sampler: Sampler, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
     """The mean rewards of what was asked for, drawn exactly and taken through the VAE."""
     asked = {"generate": found.questions.wanted, "edit": found.questions.targets}
     drawn = {task: sampler.round_trip([as_image(scenes.render(scene)) for scene in asked[task]]) for task in rewards}
-    return _reward_rows("reward_{}_of_truth", found, rewards, drawn.get("generate"), drawn.get("edit"))
+    return _reward_rows("reward_{}_of_truth", found, rewards, drawn)
 
 
-def _reward_rows(
-    name: str, found: Answers, rewards: dict[str, RewardModel], drawn: np.ndarray | None, edited: np.ndarray | None
-) -> list[Row]:
+def _reward_rows(name: str, found: Answers, rewards: dict[str, RewardModel], pictures: dict[str, np.ndarray]) -> list[Row]:
     """The mean reward of each task that has a reward model, of pictures of all questions, once or several times in turn."""
-    rows, questions = [], found.questions
-    if "generate" in rewards:
-        prompts = questions.prompts * (len(drawn) // len(questions.prompts))
-        rows.append(mean_row("generate", name.format("generate"), score_side_by_side(rewards["generate"], drawn, prompts)))
-    if "edit" in rewards:
-        instructions = questions.instructions * (len(edited) // len(questions.instructions))
-        mu = score_side_by_side(rewards["edit"], edited, instructions, found.sources[: len(edited)])
-        rows.append(mean_row("edit", name.format("edit"), mu))
+    asked = {"generate": (found.questions.prompts, None), "edit": (found.questions.instructions, found.sources)}
+    rows = []
+    for task, reward in rewards.items():
+        images, (texts, sources) = pictures[task], asked[task]
+        texts = texts * (len(images) // len(texts))
+        rows.append(mean_row(task, name.format(task), score_side_by_side(reward, images, texts, sources and sources[: len(images)])))
     return rows
 
 

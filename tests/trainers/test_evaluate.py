@@ -36,7 +36,6 @@ class Artist:
         chosen = self.questions.sources if self.lazy else self.questions.targets
         return np.stack([scenes.render(scene) for scene in chosen])
 
-
     def round_trip(self, images):  # noqa: ANN001, ANN201
         return np.stack([np.asarray(image) for image in images]) // 2
 
@@ -72,6 +71,17 @@ def test_student_and_teacher_are_scored_on_their_own_pictures(tmp_path) -> None:
     assert np.isclose(found["reward_edit_of_truth"], (targets[..., 0] // 2).mean())  # the targets through a VAE that halves them
     assert "teacher_reward_edit_of_truth" not in found  # the truth is the same for both
     assert not {"reward_generate", "teacher_reward_generate"} & set(found)  # no reward model, no row
+
+
+def test_the_truth_is_scored_once_however_many_pictures_a_question_has(checkpoints, tmp_path) -> None:
+    class Paired(RedShare):
+        def score(self, images, prompts, sources):  # noqa: ANN001, ANN201
+            assert len(images) == len(prompts) == len(sources)
+            return super().score(images, prompts)
+
+    thrice = SETTINGS.model_copy(update={"prompts": 3, "seeds": 3})
+    rows = evaluate_images(Sampler.load(checkpoints["base"]), {"edit": Paired()}, thrice, tmp_path)
+    assert {row["metric"]: row["n"] for row in rows if "reward" in row["metric"]} == {"reward_edit": 9, "reward_edit_of_truth": 3}
 
 
 def test_a_round_trip_is_the_vae_and_nothing_else(checkpoints) -> None:

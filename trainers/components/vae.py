@@ -137,19 +137,18 @@ def draw_windows(rng: np.random.Generator, count: int = BATCH, crop_px: int = CR
             picked.append((scene, item, left, top))
     picked = picked[:count]
     # Whole scenes once each, though several windows may show one: drawing them costs as much as the encoder.
-    shown = {id(scene): scene for scene, *_ in picked}
-    pixels = np.stack([scenes.render(scene) for scene in shown.values()])
-    empty = np.stack([background(scene.background, scene.style) for scene in shown.values()])
+    shown = {scene: number for number, scene in enumerate(dict.fromkeys(scene for scene, *_ in picked))}
+    pixels = np.stack([scenes.render(scene) for scene in shown])
+    empty = np.stack([background(scene.background, scene.style) for scene in shown])
     weight = object_weight(pixels, empty)
-    weight += torch.stack([SHAPE_WEIGHT * shape_difference(scene) + GAP_WEIGHT * gaps(scene) for scene in shown.values()])
-    weight, classes = weight.numpy(), np.stack([cell_classes(scene, FACTOR) for scene in shown.values()])
+    weight += torch.stack([SHAPE_WEIGHT * shape_difference(scene) + GAP_WEIGHT * gaps(scene) for scene in shown])
+    weight, classes = weight.numpy(), np.stack([cell_classes(scene, FACTOR) for scene in shown])
 
     rows: list[tuple[np.ndarray, ...]] = []
-    number = {key: index for index, key in enumerate(shown)}
     for scene, item, left, top in picked:
         at = tuple(slice(start * FACTOR, start * FACTOR + crop_px) for start in (top, left))
         cells = tuple(slice(start, start + crop_px // FACTOR) for start in (top, left))
-        index = number[id(scene)]
+        index = shown[scene]
         drawn = np.asarray(TEMPLATES.index((item.shape, scenes.SIZES[item.size])))
         colour = np.asarray(scenes.COLOURS[item.colour]) * item.brightness
         rows.append((pixels[index][at], weight[index][:, *at], classes[index][:, *cells], empty[index][at], colour, drawn))
