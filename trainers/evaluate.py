@@ -68,7 +68,7 @@ def evaluate_images(
     if teacher is not None:
         rows += _scores("teacher_", answer(teacher, settings, sampler.distilled_steps), rewards)
     output.mkdir(parents=True, exist_ok=True)
-    shown = slice(0, GRID_IMAGES)
+    shown = slice(0, min(GRID_IMAGES, settings.prompts))  # of the first seed alone
     prompts, instructions = found.questions.prompts[shown], found.questions.instructions[shown]
     contact_sheet([[image] for image in found.drawn[shown]], prompts, found.drawn_grades.right[shown], output / "grid_generate.png")
     pairs = [[np.asarray(source), image] for source, image in zip(found.sources[shown], found.edited[shown], strict=True)]
