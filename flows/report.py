@@ -218,7 +218,7 @@ def _eval_table(run: Run, stages: Sequence[str], names: Sequence[str], label: An
         cells = [(_with_margin(own[s]) if rate else number(values[s])) if s in values else "" for s in stages]
         rows.append([label(name), *cells, "/".join(map(str, sorted(counts)))])
         pick = min if any(word in name for word in ("loss", "seconds", "error")) else max
-        top = pick(values.values()) if len(values) > 1 else None
+        top = pick(values.values()) if len(set(values.values())) > 1 else None  # of equals none is best
         best.append({index + 1 for index, stage in enumerate(stages) if values.get(stage) == top and top is not None})
     return page.table(["", *(stage.replace("_", " ") for stage in stages), "n"], rows, best)
 
