@@ -189,6 +189,12 @@ TRACKING: dict[str, pa.Schema] = {
     "artifacts": _schema(artifact_id=ID, kind=ID, path=pa.string(), bytes=pa.int64(), digest=ID, metrics_json=pa.string()),
     # `low`, `high`: ends of the 95 % interval where `value` is a rate.
     "evals": _schema(run_id=ID, stage=ID, task=ID, metric=ID, value=pa.float64(), n=pa.int64(), low=pa.float64(), high=pa.float64()),
+    # One row a picture. The same question_id and repetition is the same question, drawn from the same noise by every stage; `wrong` names
+    # the parts that the verifier read otherwise than asked.
+    "eval_answers": _schema(
+        run_id=ID, stage=ID, task=ID, question_id=ID, repetition=pa.int32(), kind=ID, text=pa.string(), exact=pa.bool_(),
+        wrong=pa.list_(pa.string()), reward=pa.float64(),
+    ),
 }  # fmt: skip
 
 GOVERNANCE: dict[str, pa.Schema] = {

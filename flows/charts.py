@@ -199,6 +199,37 @@ def rate_grid(stages: Sequence[str], rows: Sequence[tuple[str, Mapping[str, tupl
     return f'<svg class="rates" viewBox="0 0 {size}" role="img" aria-label="Rates of each part after each stage">{"".join(parts)}</svg>'
 
 
+def changes(rows: Sequence[tuple[str, float, float, float]], words: Sequence[str], reach: float) -> str:
+    """Changes with their intervals as dots and whiskers around zero: (name, value, low, high) a row, `words` beside each. The axis ends
+    at `reach` on both sides; what lies beyond is drawn at its end. Full dots: the interval leaves out zero."""
+    if not rows:
+        return ""
+    left, width, line_h, top = 150, 330, 22, 24
+    middle, bottom = left + width / 2, top + line_h * len(rows)
+
+    def across(value: float) -> float:
+        return _scale(min(max(value, -reach), reach), -reach, reach, left, left + width)
+
+    ticks = (-reach, -reach / 2, 0.0, reach / 2, reach)
+    parts = [f'<path class="grid" d="M{across(tick):.1f} {top - 4}V{bottom}"/>' for tick in ticks]
+    parts += [f'<text x="{across(tick):.1f}" y="14" text-anchor="middle">{_signed(tick)}</text>' for tick in ticks]
+    parts.append(f'<path class="zero" d="M{middle} {top - 4}V{bottom}"/>')
+    for index, ((name, value, low, high), beside) in enumerate(zip(rows, words, strict=True)):
+        y = top + line_h * (index + 0.5)
+        kind = "up" if low > 0 else "down" if high < 0 else "open"
+        parts.append(
+            f'<g class="change {kind}"><text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+            f'<path d="M{across(low):.1f} {y}H{across(high):.1f}"/><circle cx="{across(value):.1f}" cy="{y}" r="4"/>'
+            f'<text class="beside" x="{left + width + 12}" y="{y + 4}">{escape(beside)}</text></g>'
+        )
+    svg = f'<svg class="changes" viewBox="0 0 {left + width + 300} {bottom + 4}" role="img" aria-label="Changes with their intervals">'
+    return f'{svg}{"".join(parts)}</svg>'
+
+
+def _signed(value: float) -> str:
+    return "0" if value == 0 else f"{value:+g}".replace("-", "\u2212")
+
+
 def _rate(value: float) -> float:
     return _scale(min(max(value, 0.0), 1.0), 0, 1, 178, 18)
 

@@ -189,7 +189,7 @@ def generate(
         go_offline()
         folder = _find_checkpoint(lake, checkpoint)
         from trainers.device import use_device
-        from trainers.stages import generate_images
+        from trainers.inference import generate_images
 
         given = _given(folder, steps=steps, guidance_scale=guidance_scale)
         _save(generate_images(folder, prompt, seed=seed, device=use_device(), **given), output, "generated")
@@ -215,7 +215,7 @@ def edit(
         folder = _find_checkpoint(lake, checkpoint)
         given = _given(folder, steps=steps, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
         from trainers.device import use_device
-        from trainers.stages import edit_images
+        from trainers.inference import edit_images
 
         try:
             with Image.open(image) as opened:

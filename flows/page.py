@@ -34,6 +34,8 @@ th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{bo
 td.best{font-weight:650;color:var(--accent)}td.text{text-align:left;white-space:normal}
 svg{display:block;width:100%;height:auto}svg text{font:11px ui-sans-serif,system-ui,sans-serif;fill:var(--soft)}
 svg.rates{min-width:620px;max-width:820px}.rate .full{fill:var(--faint)}.rate .part{fill:var(--a1);opacity:.45}.rate .value{fill:var(--ink)}
+svg.changes{min-width:620px;max-width:820px}.zero{stroke:var(--soft)}.change{--c:var(--soft)}.change.up{--c:var(--good)}.change.down{--c:var(--bad)}
+.change path{stroke:var(--c);stroke-width:2}.change circle{fill:var(--c);stroke:var(--c);stroke-width:2}.change.open circle{fill:var(--card)}.change .beside{fill:var(--ink)}
 svg.dag{min-width:860px}svg.stages{min-width:620px}.node .box{fill:var(--paper);stroke:var(--faint)}.node .name{fill:var(--ink);font-size:13px;font-weight:600}
 .node .bar{fill:var(--accent)}.node.skipped .box{stroke-dasharray:4 3}.node.skipped .bar{fill:var(--soft);opacity:.5}
 .node.failed .box,.node.stopped .box{stroke:var(--bad)}.node.failed .bar{fill:var(--bad)}.edge{fill:none;stroke:var(--soft);opacity:.55;stroke-width:1.2}

@@ -25,6 +25,9 @@ PARTS = {
 }
 """Breakdowns of the two rates, by the beginning of their metrics' names."""
 
+EXACT_REACH_POINTS, REWARD_REACH = 10, 1
+"""Where the axes of changes end: what a stage does beyond that needs no fine reading."""
+
 PIXELS_OF = "SELECT kind, count(DISTINCT id) FROM lineage_of('{artifact}') GROUP BY kind"
 
 
@@ -73,6 +76,15 @@ class Run:
         self._fill_reused()
         self.evals = self._owned("evals")
         self.metrics = self._owned("metrics")
+        self.changes = self._changes()
+
+    def _changes(self) -> list[dict[str, Any]]:
+        """Rows of eval_changes from each evaluated stage to the next, and from the exported graphs in fp32 to each smaller variant."""
+        rows = self.lake.query("SELECT * FROM eval_changes WHERE run_id = ?", [self.run_id]).to_pylist()
+        stages = self.stages()
+        next_to = dict(zip(stages[1:], stages, strict=False)) | {stage: "export_fp32" for stage in stages if stage.startswith("export_")}
+        found = [row for row in rows if next_to.get(row["stage"]) == row["before"]]
+        return sorted(found, key=lambda row: (stages.index(row["stage"]), row["task"] != "generate"))
 
     def _fill_reused(self) -> None:
         """A reused step took no time here; the page shows what it took when it was computed."""
@@ -176,7 +188,34 @@ def _learned(run: Run) -> str:
         f'<div class="card">{chart}</div>' if chart else "",
         _eval_table(run, stages, plain, _plain_name),
         more,
+        _change_cards(run),
     )
+
+
+def _change_cards(run: Run) -> str:
+    """What became of the same questions from stage to stage: exact answers in points, and rewards."""
+    exact, rewards = [], []
+    for row in run.changes:
+        before, stage = (row[end].removeprefix("export_") for end in ("before", "stage"))
+        name = f"{before} → {stage}, {row['task']}"
+        exact.append((name, *(100 * row[f"exact_{end}"] for end in ("change", "low", "high")), f"{row['mended']} mended, {row['broken']} broken"))
+        if row["reward_low"] is not None:
+            rewards.append((name, *(row[f"reward_{end}"] for end in ("change", "low", "high")), ""))
+    count = "/".join(map(str, sorted({row["pictures"] for row in run.changes})))
+    cards = (
+        (f"Exact answers from stage to stage, in points, of the same {count} pictures", exact, EXACT_REACH_POINTS, 1),
+        ("Mean reward from stage to stage", rewards, REWARD_REACH, 2),
+    )
+    return "".join(
+        f'<div class="card"><h3>{title}</h3><p class="lead">A full dot: the 95 % interval leaves out zero.</p>{_change_chart(*drawn)}</div>'
+        for title, *drawn in cards
+        if drawn[0]
+    )
+
+
+def _change_chart(rows: Sequence[tuple[str, float, float, float, str]], reach: float, digits: int) -> str:
+    words = [f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}) {beside}".replace("-", "−") for _, value, low, high, beside in rows]
+    return charts.changes([row[:4] for row in rows], words, reach)
 
 
 def _is_part(name: str) -> bool:

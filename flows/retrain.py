@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.config import PipelineConfig
 from flows.key import folder_digest, spec_of
 from flows.refresh import components_folder, dataset_versions, refresh_steps
 from flows.start import START
 from flows.step import Edge, Step, StepContext, StepResult, step_id
+
+if TYPE_CHECKING:
+    from trainers.grading import Evaluation
 
 RECIPES = {"t2i": "supervised", "edit": "supervised", "joint": "supervised", "sft": "supervised", "refl": "refl", "dmd2": "dmd2"}
 """Module in trainers.recipes behind each stage: a change in dmd2.py must not retrain t2i."""
@@ -110,24 +113,23 @@ def evaluate_step(config: PipelineConfig, stage: str, teacher: str | None = None
 
     def run(ctx: StepContext) -> StepResult:
         from trainers.device import use_device
+        from trainers.evaluate import evaluate_checkpoint
         from trainers.parallel import use_threads
-        from trainers.stages import evaluate_checkpoint
 
         device = use_device(config.exec.device)
         use_threads(config.exec.threads, device)
-        rows = evaluate_checkpoint(
-            stage, ctx.inputs[stage].path("checkpoint"), config.judging, components=components_folder(ctx), lake=ctx.lake,
+        judged = evaluate_checkpoint(
+            ctx.inputs[stage].path("checkpoint"), config.judging, components=components_folder(ctx), lake=ctx.lake,
             datasets=dataset_versions(ctx, HELDOUT), output=ctx.directory,
             teacher=ctx.inputs[teacher].path("checkpoint") if teacher else None, device=device,
         )  # fmt: skip
         files = {path.stem: path for path in sorted(ctx.directory.glob("*")) if path.suffix in (".png", ".json")}
-        return StepResult(files, metrics=as_metrics(rows), rows={"evals": [{**row, "stage": stage} for row in rows]})
+        return StepResult(files, metrics=as_metrics(judged.scores), rows=eval_rows(stage, judged))
 
     return Step(
         f"evaluate_{stage}",
         run,
         ("trainers.evaluate", "trainers.inference", "trainers.data", "dreamlite_data.rewards"),
-        alone=DISPATCH,
         spec=spec_of(config.judging),
         seed=config.seed,
         inputs=("components", f"{stage}:checkpoint", *([f"{teacher}:checkpoint"] if teacher else []), *(f"curate:{name}" for name in HELDOUT)),
@@ -220,13 +222,14 @@ def evaluate_export_step(config: PipelineConfig) -> Step:
         from trainers.export.evaluate import evaluate_bundle
 
         metrics: dict[str, float] = {}
-        evals = []
+        rows: dict[str, list[dict[str, Any]]] = {"evals": [], "eval_answers": []}
         for variant in variants:
-            rows = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed, output=ctx.directory)
-            metrics |= {f"{variant}/{name}": value for name, value in as_metrics(rows).items()}
+            judged = evaluate_bundle(ctx.inputs["export"].path("bundle"), config.export, variant, ctx.seed, output=ctx.directory)
+            metrics |= {f"{variant}/{name}": value for name, value in as_metrics(judged.scores).items()}
             metrics |= kept_shares(metrics, variant)
-            evals += [{**row, "stage": f"export_{variant}"} for row in rows]
-        return StepResult(metrics=metrics, rows={"evals": evals})
+            for table, own in eval_rows(f"export_{variant}", judged).items():
+                rows[table] += own
+        return StepResult(metrics=metrics, rows=rows)
 
     return Step(
         "evaluate_export",
@@ -258,6 +261,11 @@ def report_step(before: list[Step]) -> Step:
         return StepResult({"report": Path(write_report(ctx.lake, ctx.run_id, ctx.directory))})
 
     return Step("report", run, ("flows.report",), inputs=tuple(step.name for step in before), about="Write the report of this run.")
+
+
+def eval_rows(stage: str, judged: Evaluation) -> dict[str, list[dict[str, Any]]]:
+    """What an evaluation of `stage` adds to the lake, by table."""
+    return {table: [{**row, "stage": stage} for row in rows] for table, rows in (("evals", judged.scores), ("eval_answers", judged.answers))}
 
 
 def as_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

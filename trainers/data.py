@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -321,3 +322,13 @@ def drop_conditions(batch: Batch, settings: SupervisedSettings, key: tuple[int, 
     ]
     condition = torch.where(both.view(-1, 1, 1, 1), torch.zeros_like(batch.condition), batch.condition)
     return dataclasses.replace(batch, text=stack(rows), condition=condition)
+
+
+def encoders_digest(folder: Path) -> str:
+    """sha256 over the parts that make latents and prompt states: their cached outputs are keyed by it."""
+    digest = hashlib.sha256()
+    for part in ("vae", "text_encoder", "tokenizer", "processor"):
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

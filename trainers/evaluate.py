@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from dreamlite_data import scenes
-from dreamlite_data.rewards import RewardModel
+from dreamlite_data.lake import Lake
+from dreamlite_data.rewards import RewardModel, load_reward
 from trainers.conditioning import as_image
-from trainers.data import TrainingRows
+from trainers.data import TrainingRows, encoders_digest
+from trainers.device import CPU
 from trainers.flow import interpolate, keyed_normal, predict
-from trainers.grading import Grades, Row, grade_edited, grade_generated, mean_row
+from trainers.grading import Evaluation, Grades, Row, grade_edited, grade_generated, mean_row
 from trainers.inference import Sampler
 from trainers.parallel import map_threads
 from trainers.questions import GRID_IMAGES, Questions, contact_sheet, draw_questions
@@ -41,6 +43,41 @@ class Answers:
     edited_grades: Grades
 
 
+def evaluate_checkpoint(
+    checkpoint: Path,
+    settings: EvaluateSettings,
+    *,
+    components: Path,
+    lake: Lake,
+    datasets: Mapping[str, int | None],
+    output: Path,
+    teacher: Path | None = None,
+    device: torch.device = CPU,
+) -> Evaluation:
+    """Scores and answers of a checkpoint; pictures and scores.json go to `output`.
+
+    `teacher` is the checkpoint that a distilled one is measured against, in the same number of steps.
+
+    A distilled checkpoint has no velocity loss: its network is no longer the velocity of a path.
+    """
+    sampler = Sampler.load(checkpoint, device)
+    rewards = {task: load_reward(components / "rewards" / task, device) for task in ("generate", "edit")}
+    judged = evaluate_images(sampler, rewards, settings, output, Sampler.load(teacher, device) if teacher else None)
+    if sampler.distilled_steps is None:
+        rows = TrainingRows(
+            lake,
+            [(name, datasets[name]) for name in ("t2i", "edit")],
+            split=settings.split or "heldout",
+            vae=sampler.vae,
+            encoder=sampler.encoder,
+            components_digest=encoders_digest(components),
+            size_px=sampler.size_px,
+            limit=settings.velocity_rows,
+        )
+        judged.scores.extend(velocity_loss(sampler, rows, settings))
+    return judged
+
+
 def answer(sampler: Sampler, settings: EvaluateSettings, steps: int | None = None) -> Answers:
     """Draw the answers to all questions, in `steps` steps (default: the settings'), and grade them."""
     questions = draw_questions(settings.prompts, settings.seed)
@@ -56,17 +93,19 @@ def answer(sampler: Sampler, settings: EvaluateSettings, steps: int | None = Non
 
 def evaluate_images(
     sampler: Sampler, rewards: dict[str, RewardModel], settings: EvaluateSettings, output: Path, teacher: Sampler | None = None
-) -> list[Row]:
+) -> Evaluation:
     """Answer all questions and write grid_generate.png, grid_edit.png and scores.json.
 
-    Returns rows (task, metric, value, n, low, high): the exact rates, overall, by kind and by part, the mean rewards, and those of
+    Scores are rows (task, metric, value, n, low, high): the exact rates, overall, by kind and by part, the mean rewards, and those of
     the true answers seen through the VAE, which show how much there is left to gain. For a distilled `sampler` its `teacher` answers
-    too, guided and in the student's number of steps: what distillation has to beat.
+    too, guided and in the student's number of steps: what distillation has to beat. Answers are those of `sampler`.
     """
     found = answer(sampler, settings)
-    rows = _scores("", found, rewards) + _truth_scores(sampler, found, rewards)
+    given = _rewards(found, rewards, {"generate": found.drawn, "edit": found.edited})
+    rows = _scores("", found, given) + _truth_scores(sampler, found, rewards)
     if teacher is not None:
-        rows += _scores("teacher_", answer(teacher, settings, sampler.distilled_steps), rewards)
+        theirs = answer(teacher, settings, sampler.distilled_steps)
+        rows += _scores("teacher_", theirs, _rewards(theirs, rewards, {"generate": theirs.drawn, "edit": theirs.edited}))
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, min(GRID_IMAGES, settings.prompts))  # of the first seed alone
     prompts, instructions = found.questions.prompts[shown], found.questions.instructions[shown]
@@ -74,31 +113,32 @@ def evaluate_images(
     pairs = [[np.asarray(source), image] for source, image in zip(found.sources[shown], found.edited[shown], strict=True)]
     contact_sheet(pairs, instructions, found.edited_grades.right[shown], output / "grid_edit.png")
     (output / "scores.json").write_text(json.dumps(rows, indent=2))
-    return rows
+    answers = [row for grades in (found.drawn_grades, found.edited_grades) for row in grades.answers(given.get(grades.task))]
+    return Evaluation(rows, answers)
 
 
-def _scores(prefix: str, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
-    """The rates of each task, and the mean reward of each that has a reward model."""
+def _scores(prefix: str, found: Answers, given: dict[str, list[float]]) -> list[Row]:
+    """The rates of each task, and the mean reward of each that has one."""
     rows = found.drawn_grades.rows(prefix) + found.edited_grades.rows(prefix)
-    return rows + _reward_rows(f"{prefix}reward_{{}}", found, rewards, {"generate": found.drawn, "edit": found.edited})
+    return rows + [mean_row(task, f"{prefix}reward_{task}", values) for task, values in given.items()]
 
 
 def _truth_scores(sampler: Sampler, found: Answers, rewards: dict[str, RewardModel]) -> list[Row]:
     """The mean rewards of what was asked for, drawn exactly and taken through the VAE."""
     asked = {"generate": found.questions.wanted, "edit": found.questions.targets}
     drawn = {task: sampler.round_trip([as_image(scenes.render(scene)) for scene in asked[task]]) for task in rewards}
-    return _reward_rows("reward_{}_of_truth", found, rewards, drawn)
+    return [mean_row(task, f"reward_{task}_of_truth", values) for task, values in _rewards(found, rewards, drawn).items()]
 
 
-def _reward_rows(name: str, found: Answers, rewards: dict[str, RewardModel], pictures: dict[str, np.ndarray]) -> list[Row]:
-    """The mean reward of each task that has a reward model, of pictures of all questions, once or several times in turn."""
+def _rewards(found: Answers, rewards: dict[str, RewardModel], pictures: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """By task that has a reward model, the reward of each of its pictures of all questions, once or several times in turn."""
     asked = {"generate": (found.questions.prompts, None), "edit": (found.questions.instructions, found.sources)}
-    rows = []
+    given = {}
     for task, reward in rewards.items():
         images, (texts, sources) = pictures[task], asked[task]
         texts = texts * (len(images) // len(texts))
-        rows.append(mean_row(task, name.format(task), score_side_by_side(reward, images, texts, sources and sources[: len(images)])))
-    return rows
+        given[task] = score_side_by_side(reward, images, texts, sources and sources[: len(images)])
+    return given
 
 
 def score_side_by_side(

@@ -25,6 +25,8 @@ class Grades:
     groups: list[str]
     verdicts: list[dict[str, list[bool]]]
     repetitions: int
+    texts: list[str]
+    draw: str
 
     @property
     def right(self) -> list[bool]:
@@ -47,20 +49,42 @@ class Grades:
                 together[part] += values
         return rows + [rate_row(self.task, f"{self.task}_part_{part}", values, self.repetitions) for part, values in together.items() if values]
 
+    def answers(self, rewards: Sequence[float] | None = None) -> list[Row]:
+        """A row of the lake's eval_answers for each picture, with its reward where there are `rewards`."""
+        count = len(self.texts)
+        return [
+            {
+                "task": self.task, "question_id": f"{self.draw}-{index % count}", "repetition": index // count, "kind": self.groups[index],
+                "text": self.texts[index % count], "exact": right, "wrong": [part for part, values in parts.items() if not all(values)],
+                "reward": None if rewards is None else float(rewards[index]),
+            }
+            for index, (parts, right) in enumerate(zip(self.verdicts, self.right, strict=True))
+        ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`scores`: rows of the lake's evals, a metric each. `answers`: rows of its eval_answers, a picture each."""
+
+    scores: list[Row]
+    answers: list[Row]
+
 
 def grade_generated(images: np.ndarray, questions: Questions) -> Grades:
     """Grade pictures [R * N, H, W, 3]: R repetitions of the N prompts, one after the other."""
     repetitions = len(images) // len(questions.wanted)
     asked = questions.wanted * repetitions
     verdicts = [scenes.scene_agreement(image, scene) for image, scene in zip(images, asked, strict=True)]
-    return Grades("generate", [f"{len(scene.objects)}_objects" for scene in asked], verdicts, repetitions)
+    groups = [f"{len(scene.objects)}_objects" for scene in asked]
+    return Grades("generate", groups, verdicts, repetitions, questions.prompts, questions.name)
 
 
 def grade_edited(images: np.ndarray, questions: Questions) -> Grades:
     """Grade answers [R * N, H, W, 3] to R repetitions of the N edits, one after the other."""
     repetitions = len(images) // len(questions.targets)
     triples = zip(questions.sources * repetitions, images, questions.targets * repetitions, strict=True)
-    return Grades("edit", questions.kinds * repetitions, [scenes.edit_agreement(*triple) for triple in triples], repetitions)
+    verdicts = [scenes.edit_agreement(*triple) for triple in triples]
+    return Grades("edit", questions.kinds * repetitions, verdicts, repetitions, questions.instructions, questions.name)
 
 
 def rate_row(task: str, metric: str, verdicts: Sequence[bool], repetitions: int = 1) -> Row:

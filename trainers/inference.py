@@ -133,3 +133,42 @@ class Sampler:
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         return to_uint8(self.vae.decoder(latents))
+
+
+def generate_images(
+    checkpoint: Path,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 10,
+    guidance_scale: float = 2.0,
+    device: torch.device = CPU,
+) -> list[Image.Image]:
+    """Draw one image a prompt."""
+    drawn = Sampler.load(checkpoint, device).generate(
+        prompts, range(seed, seed + len(prompts)), steps=steps, guidance_scale=guidance_scale
+    )
+    return [Image.fromarray(image) for image in drawn]
+
+
+def edit_images(
+    checkpoint: Path,
+    images: Sequence[Image.Image],
+    instructions: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 10,
+    guidance_scale: float = 2.0,
+    image_guidance_scale: float = 1.0,
+    device: torch.device = CPU,
+) -> list[Image.Image]:
+    """Edit each image by its instruction."""
+    edited = Sampler.load(checkpoint, device).edit(
+        images,
+        instructions,
+        range(seed, seed + len(images)),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+    )
+    return [Image.fromarray(image) for image in np.asarray(edited)]

@@ -17,8 +17,10 @@ GRID_IMAGES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Held-out prompts with the scenes they ask for, and held-out edits with sources and exact targets."""
+    """Held-out prompts with the scenes they ask for, and held-out edits with sources and exact targets. `name` is that of the
+    draw: questions with the same place in draws of the same name are the same."""
 
+    name: str
     prompts: list[str]
     wanted: list[scenes.Scene]
     sources: list[scenes.Scene]
@@ -39,6 +41,7 @@ def draw_questions(count: int, seed: int) -> Questions:
         sources.append(scene)
         edits.append(scenes.sample_edit(scene, rng, kind))
     return Questions(
+        name=f"{seed}-{count}",
         prompts=[scenes.caption(scene, rng) for scene in wanted],
         wanted=wanted,
         sources=sources,

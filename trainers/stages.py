@@ -1,28 +1,22 @@
-"""What the flows call: build the parts, train a stage, judge a checkpoint, draw from it.
-Each function reads folders and dataset versions and writes one folder; nothing here knows Prefect or Ray."""
+"""Train a stage: from folders and dataset versions to one folder that holds its checkpoint.
+How a checkpoint is judged and drawn from stands elsewhere, so that a change there trains nothing anew."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dreamlite_data.lake import Lake
 from dreamlite_data.rewards import load_reward, load_scorer
-from trainers.components.build import build_components
 from trainers.compute import flops_per_sample, peak_flops
 from trainers.conditioning import PromptEncoder, encoder_grid_px
-from trainers.data import TrainingRows
+from trainers.data import TrainingRows, encoders_digest
 from trainers.device import CPU
 from trainers.distributed import first_process_first, wait_for_all, world
-from trainers.evaluate import evaluate_images, velocity_loss
 from trainers.execution import TrainExecution
-from trainers.inference import Sampler
 from trainers.loop import run
 from trainers.lora import add_lora, merge_lora, save_lora
 from trainers.model import build_unet, latent_scale, load_facts, load_unet, load_vae, save_checkpoint
@@ -30,24 +24,7 @@ from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
 from trainers.reward_sharding import shard_reward
-from trainers.settings import (
-    DMD2Settings,
-    EvaluateSettings,
-    ModelSettings,
-    ReFLSettings,
-    SupervisedSettings,
-)
-
-__all__ = [
-    "STAGES",
-    "build_components",
-    "edit_images",
-    "encoders_digest",
-    "evaluate_checkpoint",
-    "follow_checkpoint",
-    "generate_images",
-    "train_stage",
-]
+from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, SupervisedSettings
 
 STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
 StageSettings = SupervisedSettings | ReFLSettings | DMD2Settings
@@ -174,81 +151,6 @@ def train_stage(
     return metrics
 
 
-def evaluate_checkpoint(
-    stage: str,
-    checkpoint: Path,
-    settings: EvaluateSettings,
-    *,
-    components: Path,
-    lake: Lake,
-    datasets: Versions,
-    output: Path,
-    teacher: Path | None = None,
-    device: torch.device = CPU,
-) -> list[dict[str, object]]:
-    """Rows (task, metric, value, n) of a checkpoint; pictures and scores.json go to `output`.
-
-    `teacher` is the checkpoint that a distilled one is measured against, in the same number of steps.
-
-    A distilled checkpoint has no velocity loss: its network is no longer the velocity of a path.
-    """
-    sampler = Sampler.load(checkpoint, device)
-    rewards = {task: load_reward(components / "rewards" / task, device) for task in ("generate", "edit")}
-    results = evaluate_images(sampler, rewards, settings, output, Sampler.load(teacher, device) if teacher else None)
-    if sampler.distilled_steps is None:
-        rows = TrainingRows(
-            lake,
-            [(name, datasets[name]) for name in ("t2i", "edit")],
-            split=settings.split or "heldout",
-            vae=sampler.vae,
-            encoder=sampler.encoder,
-            components_digest=encoders_digest(components),
-            size_px=sampler.size_px,
-            limit=settings.velocity_rows,
-        )
-        results += velocity_loss(sampler, rows, settings)
-    return results
-
-
-def generate_images(
-    checkpoint: Path,
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    steps: int = 10,
-    guidance_scale: float = 2.0,
-    device: torch.device = CPU,
-) -> list[Image.Image]:
-    """Draw one image a prompt."""
-    drawn = Sampler.load(checkpoint, device).generate(
-        prompts, range(seed, seed + len(prompts)), steps=steps, guidance_scale=guidance_scale
-    )
-    return [Image.fromarray(image) for image in drawn]
-
-
-def edit_images(
-    checkpoint: Path,
-    images: Sequence[Image.Image],
-    instructions: Sequence[str],
-    *,
-    seed: int = 0,
-    steps: int = 10,
-    guidance_scale: float = 2.0,
-    image_guidance_scale: float = 1.0,
-    device: torch.device = CPU,
-) -> list[Image.Image]:
-    """Edit each image by its instruction."""
-    edited = Sampler.load(checkpoint, device).edit(
-        images,
-        instructions,
-        range(seed, seed + len(images)),
-        steps=steps,
-        guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale,
-    )
-    return [Image.fromarray(image) for image in np.asarray(edited)]
-
-
 def follow_checkpoint(checkpoint: Path, model: ModelSettings) -> ModelSettings:
     """The settings with the hidden states and the size of the checkpoint, where they do not name them themselves.
 
@@ -262,13 +164,3 @@ def follow_checkpoint(checkpoint: Path, model: ModelSettings) -> ModelSettings:
                 " use the checkpoint's value"
             )
     return model.model_copy(update={name: found[name] for name in ("hidden_state", "size_px")})
-
-
-def encoders_digest(folder: Path) -> str:
-    """sha256 over the parts that make latents and prompt states: their cached outputs are keyed by it."""
-    digest = hashlib.sha256()
-    for part in ("vae", "text_encoder", "tokenizer", "processor"):
-        for path in sorted((folder / part).rglob("*")):
-            if path.is_file():
-                digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()

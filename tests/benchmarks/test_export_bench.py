@@ -99,7 +99,7 @@ def test_exact_matches_kept(bench, bundle: Path, variant: str) -> None:
     settings = ExportSettings(evaluate_rows=PROMPTS)
     exact = {}
     for name in ("fp32", variant):
-        rows = evaluate_bundle(bundle, settings, name, seed=0)
+        rows = evaluate_bundle(bundle, settings, name, seed=0).scores
         exact[name] = {row["task"]: row["value"] for row in rows if row["metric"] == f"{row['task']}_exact"}
     for task in ("generate", "edit"):
         if not exact["fp32"][task]:

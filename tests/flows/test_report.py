@@ -40,7 +40,7 @@ def fill(lake: Lake, folder: Path, run: str) -> None:
     rng = np.random.default_rng(0)
     order = ["components", "sources", "ingest", "quality", "caption", "verify", "score", "curate"]
     order += [name for stage in STAGES for name in (stage, f"evaluate_{stage}")] + ["export", "evaluate_export"]
-    steps, edges, evals, metrics, checkpoints = [], [], [], [], []
+    steps, edges, evals, metrics, checkpoints, answers = [], [], [], [], [], []
     parents: dict[str, list[str]] = {name: [order[index - 1]] for index, name in enumerate(order) if 1 < index < 8}
     parents |= {"sources": [], "components": []}
     at = 0.0
@@ -71,6 +71,11 @@ def fill(lake: Lake, folder: Path, run: str) -> None:
             _eval(run, stage, "generate", "generate_exact", value), _eval(run, stage, "edit", "edit_exact", value - 0.2),
             _eval(run, stage, "edit", "edit_exact_recolour", value - 0.1), _eval(run, stage, "generate", "velocity_loss", 0.3 - 0.02 * index),
         ]  # fmt: skip
+        answers += [
+            {"run_id": run, "stage": stage, "task": "generate", "question_id": f"q{number}", "repetition": 0, "exact": number < 35 + 10 * index,
+             "reward": 1.0 + 0.1 * index if stage != "dmd2" else None}
+            for number in range(100)
+        ]  # fmt: skip
         for position in range(0, 1500, 3):
             value = math.exp(-position / 400) + rng.normal() * 0.05
             metrics.append({"run_id": run, "step": stage, "name": "loss", "position": position, "value": value})
@@ -88,7 +93,7 @@ def fill(lake: Lake, folder: Path, run: str) -> None:
     policy = [("decodes", 90), ("text_in_language", 400), ("never_used", 0), ("caption_matches", 110)]
     decided = [(rule, n, position) for position, (rule, n) in enumerate(policy)] + [(None, 7400, None)]
     tables: dict[str, list[dict[str, Any]]] = {
-        "steps": steps, "lineage": edges, "evals": evals, "metrics": metrics,
+        "steps": steps, "lineage": edges, "evals": evals, "eval_answers": answers, "metrics": metrics,
         "artifacts": [{"artifact_id": "artifact-1", "kind": "bundle", "path": "x", "bytes": 9_000_000, "digest": "d", "metrics_json": json.dumps(numbers)}],
         "datasets": [{"name": "t2i", "version": 1, "digest": "d1", "policy_digest": "p", "snapshot": 1, "parent": None, "rows": 7400}],
         "dataset_rows": [{"name": "t2i", "version": 1, "row_id": f"r{i}", "task": "generate", "image_id": f"i{i}", "text": "a", "split": "train"} for i in range(3)],
@@ -188,6 +193,13 @@ def test_a_breakdown_is_a_grid_of_rates_with_their_intervals(html: str) -> None:
     assert "Edits, by kind" in html and "recolour after dmd2: 75.0% (68.0% to 80.0%), n = 192" in html
     assert "Edits: the instruction followed" not in html  # nothing was measured by part: no empty card
     assert "85.0% ±6" in html and "edit: exact recolour" not in html
+
+
+def test_changes_are_drawn_from_each_stage_to_the_next_and_never_across(html: str) -> None:
+    text = Page(html).text
+    assert html.count('<g class="change up">') == 9  # five of exact answers, four of rewards: the last stage has none
+    assert "of the same 100 pictures" in text and text.count("10 mended, 0 broken") == 5 and "20 mended" not in text
+    assert text.index("t2i → edit, generate") < text.index("refl → dmd2, generate") and "+0.10 (+0.10 to +0.10)" in text
 
 
 def test_every_step_is_a_box_with_its_time(html: str) -> None:

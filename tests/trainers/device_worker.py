@@ -112,7 +112,7 @@ class Cases:
     def evaluation(self, device: torch.device) -> Any:
         sampler = self.sampler(device)
         found = evaluate_images(sampler, self.rewards(device), JUDGED, self.folder / f"judged_{device.type}")
-        return found, velocity_loss(sampler, self.rows, JUDGED)
+        return found.scores, velocity_loss(sampler, self.rows, JUDGED)
 
     def stage(self, device: torch.device) -> Any:
         """From a lake to a checkpoint and to a picture drawn with it, as a flow calls it."""

@@ -53,7 +53,7 @@ def values(rows: list[dict[str, object]]) -> dict[str, float]:
 
 def test_a_perfect_artist_scores_one_and_a_lazy_one_changes_nothing(tmp_path) -> None:
     lazy = Artist(lazy=True)
-    found = values(evaluate_images(Artist(), {}, SETTINGS, tmp_path, teacher=lazy))
+    found = values(evaluate_images(Artist(), {}, SETTINGS, tmp_path, teacher=lazy).scores)
     assert {name: value for name, value in found.items() if not name.startswith("teacher_")} == {
         name: 1.0 for name in found if not name.startswith("teacher_")
     }
@@ -65,12 +65,15 @@ def test_a_perfect_artist_scores_one_and_a_lazy_one_changes_nothing(tmp_path) ->
 
 
 def test_student_and_teacher_are_scored_on_their_own_pictures(tmp_path) -> None:
-    found = values(evaluate_images(Artist(), {"edit": RedShare()}, SETTINGS, tmp_path, teacher=Artist(lazy=True)))
+    judged = evaluate_images(Artist(), {"edit": RedShare()}, SETTINGS, tmp_path, teacher=Artist(lazy=True))
+    found = values(judged.scores)
     targets, sources = (np.stack([scenes.render(scene) for scene in drawn]) for drawn in (Artist().questions.targets, Artist().questions.sources))
     assert np.isclose(found["reward_edit"], targets[..., 0].mean()) and np.isclose(found["teacher_reward_edit"], sources[..., 0].mean())
     assert np.isclose(found["reward_edit_of_truth"], (targets[..., 0] // 2).mean())  # the targets through a VAE that halves them
     assert "teacher_reward_edit_of_truth" not in found  # the truth is the same for both
     assert not {"reward_generate", "teacher_reward_generate"} & set(found)  # no reward model, no row
+    own = {task: [row["reward"] for row in judged.answers if row["task"] == task] for task in ("generate", "edit")}
+    assert own["generate"] == [None] * 16 and np.allclose(own["edit"], targets[..., 0].mean(axis=(1, 2)))  # the student's, each its own
 
 
 def test_the_truth_is_scored_once_however_many_pictures_a_question_has(checkpoints, tmp_path) -> None:
@@ -80,8 +83,8 @@ def test_the_truth_is_scored_once_however_many_pictures_a_question_has(checkpoin
             return super().score(images, prompts)
 
     thrice = SETTINGS.model_copy(update={"prompts": 3, "seeds": 3})
-    rows = evaluate_images(Sampler.load(checkpoints["base"]), {"edit": Paired()}, thrice, tmp_path)
-    assert {row["metric"]: row["n"] for row in rows if "reward" in row["metric"]} == {"reward_edit": 9, "reward_edit_of_truth": 3}
+    judged = evaluate_images(Sampler.load(checkpoints["base"]), {"edit": Paired()}, thrice, tmp_path)
+    assert {row["metric"]: row["n"] for row in judged.scores if "reward" in row["metric"]} == {"reward_edit": 9, "reward_edit_of_truth": 3}
 
 
 def test_a_round_trip_is_the_vae_and_nothing_else(checkpoints) -> None:

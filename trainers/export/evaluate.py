@@ -12,7 +12,7 @@ import numpy as np
 from dreamlite_data import scenes
 from trainers.export.runner import Runner
 from trainers.export.settings import ExportSettings
-from trainers.grading import grade_edited, grade_generated, mean_row
+from trainers.grading import Evaluation, grade_edited, grade_generated, mean_row
 from trainers.questions import GRID_IMAGES, Questions, contact_sheet, draw_questions
 
 BATCH = 32
@@ -20,8 +20,9 @@ BATCH = 32
 
 def evaluate_bundle(
     bundle: Path, settings: ExportSettings, variant: str = "int8", seed: int = 0, *, output: Path | None = None
-) -> list[dict[str, Any]]:
-    """Rows {task, metric, value, n, low, high}: generate_exact, edit_exact, both by kind and by part, and seconds_per_image.
+) -> Evaluation:
+    """Scores {task, metric, value, n, low, high}: generate_exact, edit_exact, both by kind and by part, and seconds_per_image; and
+    each answer.
 
     A generated image counts when the verifier reads exactly the prompted scene; an edit when it reads the target and
     everything else kept its place. `seed` draws the noise, the same for every variant, so differences are paired.
@@ -31,20 +32,21 @@ def evaluate_bundle(
     asked = draw_questions(settings.evaluate_rows, settings.evaluate_seed)
     drawn, seconds = _answer(settings.evaluate_rows, lambda rows: _generate(runner, asked, seed, rows))
     grades = grade_generated(drawn, asked)
-    rows = [*grades.rows(), mean_row("generate", "seconds_per_image", [seconds])]
+    scores, answers = [*grades.rows(), mean_row("generate", "seconds_per_image", [seconds])], grades.answers()
     if output is not None:
         some = slice(0, GRID_IMAGES)
         sheet = [[image] for image in drawn[some]]
         contact_sheet(sheet, asked.prompts[some], grades.right[some], output / f"grid_generate_{variant}.png")
     if "edit_encoder" not in runner.manifest["graphs"]:
-        return rows
+        return Evaluation(scores, answers)
     sources = [scenes.render(scene) for scene in asked.sources]
     edited, seconds = _answer(settings.evaluate_rows, lambda rows: _edit(runner, asked, sources, seed, rows))
     grades = grade_edited(edited, asked)
     if output is not None:
         sheet = [[source, image] for source, image in zip(sources[some], edited[some], strict=True)]
         contact_sheet(sheet, asked.instructions[some], grades.right[some], output / f"grid_edit_{variant}.png")
-    return [*rows, *grades.rows(), mean_row("edit", "seconds_per_image", [seconds])]
+    scores += [*grades.rows(), mean_row("edit", "seconds_per_image", [seconds])]
+    return Evaluation(scores, answers + grades.answers())
 
 
 def _answer(count: int, call: Any) -> tuple[np.ndarray, float]:

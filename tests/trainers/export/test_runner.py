@@ -101,15 +101,16 @@ def test_without_its_encoder_a_bundle_takes_hidden_states(bundle: Path) -> None:
 
 def test_evaluation_counts_and_is_repeatable(bundle: Path, small_export: tuple, tmp_path: Path) -> None:
     """Random weights read as no scene; groups add up to the whole; equal seeds give equal scores."""
-    answer = evaluate_bundle(bundle, small_export[0], "fp32", seed=1, output=tmp_path)
-    rows = {row["metric"]: row for row in answer if row["metric"] != "seconds_per_image"}
+    judged = evaluate_bundle(bundle, small_export[0], "fp32", seed=1, output=tmp_path)
+    rows = {row["metric"]: row for row in judged.scores if row["metric"] != "seconds_per_image"}
     assert rows["generate_exact"]["value"] == 0.0
     for task in ("generate", "edit"):
         groups = [row["n"] for name, row in rows.items() if name.startswith(f"{task}_exact_")]
         assert sum(groups) == rows[f"{task}_exact"]["n"] == 8
     assert {path.name for path in tmp_path.iterdir()} == {"grid_generate_fp32.png", "grid_edit_fp32.png"}
     again = evaluate_bundle(bundle, small_export[0], "fp32", seed=1)
-    assert rows == {row["metric"]: row for row in again if row["metric"] != "seconds_per_image"}
+    assert rows == {row["metric"]: row for row in again.scores if row["metric"] != "seconds_per_image"}
+    assert judged.answers == again.answers and [row["task"] for row in again.answers] == ["generate"] * 8 + ["edit"] * 8
 
 
 def test_perfect_model_scores_one(bundle: Path, small_export: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +118,6 @@ def test_perfect_model_scores_one(bundle: Path, small_export: tuple, monkeypatch
     asked = draw_questions(8, small_export[0].evaluate_seed)
     monkeypatch.setattr(Runner, "generate", lambda *_: np.stack([scenes.render(scene) for scene in asked.wanted]))
     monkeypatch.setattr(Runner, "edit", lambda *_: np.stack([scenes.render(scene) for scene in asked.targets]))
-    rows = evaluate_bundle(bundle, small_export[0], "fp32", seed=1)
-    assert all(row["value"] == 1.0 for row in rows if "exact" in row["metric"])
+    judged = evaluate_bundle(bundle, small_export[0], "fp32", seed=1)
+    assert all(row["value"] == 1.0 for row in judged.scores if "exact" in row["metric"])
+    assert all(row["exact"] and row["wrong"] == [] for row in judged.answers)
