@@ -229,7 +229,7 @@ def run_step(
     """
     key = digest(parts)
     path = lock_path(lake, step.name, key)
-    waited = False
+    began, waited = datetime.now(UTC), False
     while (held := lock.try_acquire(path, step=step.name, key=key, run_id=run_id)) is None:
         if not waited:
             on_wait(lock.read(path) or {})
@@ -237,7 +237,8 @@ def run_step(
         time.sleep(POLL_S)
     try:
         for record in find_done(lake, step.name):
-            if record.key == key and (record.present() if waited else record.settled()):
+            # What another one did while this one waited holds even if calls of it failed: they were made just now.
+            if record.key == key and (record.settled() or (record.ended_at >= began and record.present())):
                 return record, False
         before()
         return _compute(lake, step, key, parts, inputs, run_id, held), True

@@ -5,15 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from dreamlite_data.lake import Lake
+from flows import lock
 from flows.gates import Gate, GateFailed
+from flows.key import digest
 from flows.run import Run, mark_crashed, running_steps
-from flows.step import Edge, Step, StepContext, StepFailed, StepResult
+from flows.step import Edge, Step, StepContext, StepFailed, StepResult, append_rows, lock_path, run_step
 
 CODE = ("dreamlite_data.schema",)
 
@@ -268,3 +273,27 @@ def test_two_processes_with_one_key_do_the_work_once(lake):
     assert [first.returncode, second.returncode] == [0, 0], outs
     assert sorted(log_of(lake)) == ["0", "1", "2", "3"]
     assert sorted(lake.query("SELECT state FROM steps")["state"].to_pylist()) == ["done", "skipped"]
+
+
+@pytest.mark.parametrize("other_succeeds", [True, False])
+def test_who_waited_takes_what_the_other_one_did_and_nothing_older(lake, other_succeeds):
+    """A record with failed calls is left to be done again; another process that fails meanwhile makes it no better."""
+    ran = []
+
+    def work(ctx: StepContext) -> StepResult:
+        ran.append(ctx.run_id)
+        return StepResult({"retries": 1})
+
+    step, parts, told = Step("work", work, CODE), {"spec": 1}, threading.Event()
+    run_step(lake, step, parts, {}, "earlier")
+    path = lock_path(lake, "work", digest(parts))
+    held = lock.try_acquire(path, step="work")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(run_step, lake, step, parts, {}, "waiting", lambda owner: told.set())
+        assert told.wait(60)
+        if other_succeeds:
+            row = lake.query("SELECT * FROM steps").to_pylist()[0] | {"run_id": "other", "ended_at": datetime.now(UTC)}
+            append_rows(lake, {"steps": [row]})
+        held.release()
+        record, here = waiting.result(60)
+    assert (record.run_id, here, ran) == (("other", False, ["earlier"]) if other_succeeds else ("waiting", True, ["earlier", "waiting"]))
