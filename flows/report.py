@@ -115,10 +115,11 @@ class Run:
         return step["owner"] if step else self.run_id
 
     def stages(self) -> list[str]:
-        """Evaluated stages in the order in which they ran; export variants last."""
+        """Evaluated stages in the order in which they ran; export variants last, fp32 before the smaller ones."""
         seen = {row["stage"] for row in self.evals}
         order = [name.removeprefix("evaluate_") for name in self.steps if name.startswith("evaluate_") and name != "evaluate_export"]
-        return [stage for stage in order if stage in seen] + sorted(stage for stage in seen if stage not in order)
+        rest = sorted(seen - set(order), key=lambda stage: (stage != "export_fp32", stage))
+        return [stage for stage in order if stage in seen] + rest
 
     def values(self, metric: str) -> dict[str, float]:
         """Stage -> value of 'task/metric'."""
