@@ -3,6 +3,7 @@ One that was not taken is absent; one that the words do not call for is not appl
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,10 @@ from dreamlite_data import scenes
 from dreamlite_data.operators.instruction import parse_instruction
 from dreamlite_data.operators.verify_measures import NOT_APPLICABLE, Measures
 from dreamlite_data.operators.wording import said_texts
+
+SHORTEST_WORD = 3
+SAME_WORD = 0.7
+"""Readers take a leaf for a letter now and then, and one word for two that differ by one: so much of a word must be new to count."""
 
 
 def given_measures(row: dict[str, Any]) -> Measures:
@@ -44,10 +49,10 @@ def text_measures(
     target_fraction: float | None,
 ) -> Measures:  # fmt: skip
     """`text_before`: the old words are read in the source; `text_after`: the new ones in the target; `text_gone`: the old ones
-    no longer there; each 1 or 0. `text_growth`: share of the picture that text covers more than before. None where no reader
-    of text has seen the pictures."""
+    no longer there; each 1 or 0. `text_growth`: share of the picture that text covers more than before. `text_unasked`: how many
+    words are read in the target alone and were not asked for. None where no reader of text has seen the pictures."""
     if source_words is None or target_words is None or source_fraction is None or target_fraction is None:
-        return {"text_before": None, "text_after": None, "text_gone": None, "text_growth": None}
+        return {"text_before": None, "text_after": None, "text_gone": None, "text_growth": None, "text_unasked": None}
     old, new = said_texts(instruction)
     before, after = _letters(" ".join(source_words)), _letters(" ".join(target_words))
     return {
@@ -55,7 +60,15 @@ def text_measures(
         "text_after": NOT_APPLICABLE if new is None else float(_letters(new) in after),
         "text_gone": NOT_APPLICABLE if old is None else float(_letters(old) not in after or _letters(old) in _letters(new or "")),
         "text_growth": float(target_fraction) - float(source_fraction),
+        "text_unasked": float(_unasked(target_words, known=[*source_words, new or ""])),
     }
+
+
+def _unasked(words: Sequence[str], known: Sequence[str]) -> int:
+    """How many of the words are no part of the known ones and like none of them."""
+    seen = [_letters(word) for word in known]
+    found = [letters for word in words if len(letters := _letters(word)) >= SHORTEST_WORD and letters not in "".join(seen)]
+    return sum(all(difflib.SequenceMatcher(None, letters, other).ratio() < SAME_WORD for other in seen) for letters in found)
 
 
 def _letters(text: str) -> str:

@@ -22,7 +22,7 @@ SAID_COLOURS = {**COLOURS, "grey": (128, 128, 128), "gray": (128, 128, 128)}
 """Those that are read in instructions; grey is never drawn."""
 _ANY_COLOUR = "|".join(sorted(SAID_COLOURS, key=len, reverse=True))
 COMMON_SHARE = 0.8
-"""Common colours are drawn four times in five, as in AnyEdit (shared/reference/curation.md 7.12)."""
+"""Common colours are drawn four times in five, as in AnyEdit (arXiv 2411.15738)."""
 
 SIDES = {"left": ("left",), "right": ("right",), "top": ("top", "upper"), "bottom": ("bottom", "lower")}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -43,13 +43,21 @@ def test_which_words_an_edit_of_text_quotes(words: str, before: str | None, afte
 def test_text_that_was_read() -> None:
     words = 'replace the word "sale now" with "open"'
     done = text_measures(words, ["SALE", "NOW!"], ["Open"], 0.10, 0.06)
-    assert done == {"text_before": 1, "text_after": 1, "text_gone": 1, "text_growth": pytest.approx(-0.04)}
+    assert done == {"text_before": 1, "text_after": 1, "text_gone": 1, "text_growth": pytest.approx(-0.04), "text_unasked": 0}
     undone = text_measures(words, ["SALE", "NOW!"], ["SALE", "NOW!"], 0.10, 0.10)
     assert (undone["text_before"], undone["text_after"], undone["text_gone"]) == (1, 0, 0)
     added = text_measures('write "OPEN" on it', [], ["OPEN"], 0.0, 0.05)
     assert math.isnan(added["text_before"]) and math.isnan(added["text_gone"]) and added["text_after"] == 1
     assert set(text_measures(words, None, ["open"], None, 0.1).values()) == {None}
     assert text_measures('replace "OPEN" with "REOPENED"', ["OPEN"], ["REOPENED"], 0.1, 0.1)["text_gone"] == 1  # one holds the other
+
+
+def test_words_that_nobody_asked_for_are_counted_and_misread_ones_are_not() -> None:
+    remove = 'remove the word "SALE" from the sign'
+    assert text_measures(remove, ["SALE", "Hotel"], ["Hote1"], 0.1, 0.05)["text_unasked"] == 0  # one letter is read otherwise
+    assert text_measures(remove, ["SALE", "Hotel"], ["Hotel", "CAFE"], 0.1, 0.09)["text_unasked"] == 1
+    assert text_measures(remove, ["SALE", "Grand Hotel"], ["Grandhotel", "x", "ox"], 0.1, 0.05)["text_unasked"] == 0
+    assert text_measures('replace "SALE" with "GRAND OPENING"', ["SALE"], ["OPENING", "GRAND"], 0.1, 0.1)["text_unasked"] == 0
 
 
 def test_the_reader_of_scenes_is_the_detector() -> None:

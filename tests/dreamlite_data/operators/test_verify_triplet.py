@@ -76,7 +76,7 @@ def test_styles_reach_their_floors() -> None:
 
 
 def test_every_measure_that_a_rule_names_is_one_that_somebody_takes() -> None:
-    given = {"clip_target", "clip_direction", "object_in_target", "vqa_yes", "text_before", "text_after", "text_gone", "text_growth"}
+    given = {"clip_target", "clip_direction", "object_in_target", "vqa_yes", "text_before", "text_after", "text_gone", "text_growth", "text_unasked"}
     named = {condition.measure for conditions in load_rules().conditions.values() for condition in conditions}
     assert named <= {*schema.TRIPLET_MEASURES, *given} and given <= named
 
