@@ -100,7 +100,8 @@ def run(
     A recipe with a `stop_reason()` ends the run early where that gives one: then `stopped_at_step` is among the metrics.
 
     Writes output/metrics.jsonl (one line a logged value) and output/state.pt (weights, optimizers, average, position),
-    the latter at most every `checkpoint_every_s` seconds and renamed into place: a kill -9 loses that much at most.
+    the latter every `checkpoint_every_s` seconds, or twenty times as long as it takes to write where that is more, and renamed into place:
+    a kill -9 loses that much at most.
     The position counts steps, and so rows of the plan: it holds for any number of processes, which may change with a resume.
     Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
     each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` of a step is logged as a rate,

@@ -72,8 +72,9 @@ def test_the_matching_gradient_is_that_of_the_divergence_in_closed_form(t):
     dL/db = (b - m) t^2 / V_r, dL/da = a (1 - t)^2 (a^2 / V_f - s^2 / V_r), each within 2 % by Monte Carlo."""
     a, b, m, s = 0.6, 0.3, 1.1, 1.4
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(1_000_000, 1, 1, 1, generator=generator)
-    x, noise = a * z + b, torch.randn(z.shape, generator=generator)
+    z, noise = torch.randn(2, 250_000, 1, 1, 1, generator=generator)
+    z, noise = torch.cat([z, z, -z, -z]), torch.cat([noise, -noise, noise, -noise])  # odd moments vanish: they would drown the small scale at t = .9
+    x = a * z + b
     noisy = flow.interpolate(x, noise, torch.full((len(x),), t))
 
     def denoised(mean: float, deviation: float) -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_the_matching_gradient_is_that_of_the_divergence_in_closed_form(t):
     expected_shift = (b - m) * t**2 / variance_real
     expected_scale = a * (1 - t) ** 2 * (a**2 / variance_fake - s**2 / variance_real)
     assert gradient.mean().item() == pytest.approx(expected_shift, rel=0.02)
-    assert (gradient * z).mean().item() == pytest.approx(expected_scale, rel=0.02, abs=1e-3)
+    assert (gradient * z).mean().item() == pytest.approx(expected_scale, rel=0.02)
     flipped = matching_gradient(x, fake, real) * (x - fake).abs()
     assert flipped.mean().item() == pytest.approx(-expected_shift, rel=0.02)  # away from the teacher
 
