@@ -42,6 +42,11 @@ class Answers:
     drawn_grades: Grades
     edited_grades: Grades
 
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The answers by task."""
+        return {"generate": self.drawn, "edit": self.edited}
+
 
 def evaluate_checkpoint(
     checkpoint: Path,
@@ -101,11 +106,11 @@ def evaluate_images(
     too, guided and in the student's number of steps: what distillation has to beat. Answers are those of `sampler`.
     """
     found = answer(sampler, settings)
-    given = _rewards(found, rewards, {"generate": found.drawn, "edit": found.edited})
+    given = _rewards(found, rewards, found.pictures)
     rows = _scores("", found, given) + _truth_scores(sampler, found, rewards)
     if teacher is not None:
         theirs = answer(teacher, settings, sampler.distilled_steps)
-        rows += _scores("teacher_", theirs, _rewards(theirs, rewards, {"generate": theirs.drawn, "edit": theirs.edited}))
+        rows += _scores("teacher_", theirs, _rewards(theirs, rewards, theirs.pictures))
     output.mkdir(parents=True, exist_ok=True)
     shown = slice(0, min(GRID_IMAGES, settings.prompts))  # of the first seed alone
     prompts, instructions = found.questions.prompts[shown], found.questions.instructions[shown]

@@ -18,8 +18,8 @@ MASK_CELLS = 8
 WINDOW_PX = 7  # of the structural similarity, as in Wang et al. (2004) with a uniform window
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 SMALLEST_REGION_PX, GROWN_PX = 64, 7
-"""Of an estimated mask: regions below this area are noise, the rest grows by this much. Masks of the
-reference model are unpublished; the steps are those that UniWorld-V1 (arXiv 2506.03147) names for the same weight."""
+"""Of an estimated mask: regions below this area are noise, the rest grows by this much. How the
+authors of DreamLite make their masks is unpublished: the numbers are those of a community's plan for it."""
 
 
 def difference(source: Pixels, target: Pixels) -> np.ndarray:

@@ -67,7 +67,8 @@ def text_measures(
 def _unasked(words: Sequence[str], known: Sequence[str]) -> int:
     """How many of the words are no part of the known ones and like none of them."""
     seen = [_letters(word) for word in known]
-    found = [letters for word in words if len(letters := _letters(word)) >= SHORTEST_WORD and letters not in "".join(seen)]
+    together = "".join(seen)
+    found = [letters for word in words if len(letters := _letters(word)) >= SHORTEST_WORD and letters not in together]
     return sum(all(difflib.SequenceMatcher(None, letters, other).ratio() < SAME_WORD for other in seen) for letters in found)
 
 

@@ -20,6 +20,15 @@ TINY_MODEL = ModelSettings(channels=(32, 64), head_width=16, attention_at_full_r
 """All block types of the official network, so that what holds here holds for it."""
 
 
+def same(left: object, right: object) -> bool:
+    """Whether two states are equal to the last bit, whatever they nest."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(value, right[name]) for name, value in left.items())
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
 @pytest.fixture(scope="session")
 def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainers.conftest import same
 from tests.trainers.toy_recipe import BATCH, KILLS, STEPS, ToyRecipe, train
 from trainers.loop import run
 
@@ -21,14 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def state(output: Path) -> dict:
     return torch.load(output / "state.pt", weights_only=True)
-
-
-def same(left: object, right: object) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(value, right[name]) for name, value in left.items())
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def logged(output: Path) -> list[tuple[float, str, float]]:

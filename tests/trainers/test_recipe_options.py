@@ -280,6 +280,7 @@ def test_the_discriminator_reads_the_left_panel_alone(scenes):
     recipe = DMD2Recipe(build_unet(TINY_MODEL, 64, 8), scenes, DMD2.model_copy(update={"gan_weight": 1.0}), (0, 5))
     batch = recipe._batch(0, 0)
     features = middle_features(recipe.fake, batch.latents, torch.full((4,), 0.5), batch, "float32")
+    assert features.shape == (4, 64, 4, 4)
     whole = []
     watching = recipe.fake.mid_block.register_forward_hook(lambda *_: whole.append(_[2]))
     flow.predict(recipe.fake, batch.latents, torch.full((4,), 0.5), batch.condition, batch.text, batch.size_px, "float32")

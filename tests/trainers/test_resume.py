@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainers.conftest import TINY_MODEL
+from tests.trainers.conftest import TINY_MODEL, same
+from tests.trainers.distributed_worker import Warmth
 from tests.trainers.synthetic import SceneRows
 from trainers.conditioning import PromptEncoder
 from trainers.loop import Recipe, run
@@ -20,13 +21,6 @@ REFL = ReFLSettings(steps=4, batch=2, micro_batch=2, rollout_steps=3, sigma_high
 DMD2 = DMD2Settings(steps=4, batch=2, micro_batch=2, fake_steps=1, fake_warmup_steps=1, gan_weight=0.1, gan_fake_weight=0.1)
 
 
-class Red:
-    """A reward without weights: how red an image is."""
-
-    def differentiable(self, images: torch.Tensor, prompts: list[str], sources: torch.Tensor | None = None) -> torch.Tensor:
-        return (images[:, 0] - images[:, 2]).mean((1, 2))
-
-
 @pytest.fixture(scope="module")
 def rows(components: Path) -> SceneRows:
     return SceneRows(6, load_vae(components), PromptEncoder.load(components, "post_norm"))
@@ -36,15 +30,7 @@ def recipe_of(name: str, rows: SceneRows, components: Path) -> Recipe:
     unet = build_unet(TINY_MODEL, 64, 8, 0)
     if name == "dmd2":
         return DMD2Recipe(unet, rows, DMD2, (0, 5))
-    return ReFLRecipe(unet, load_vae(components), dict.fromkeys(("generate", "edit"), Red()), rows, REFL, (0, 4))
-
-
-def equal(left: object, right: object) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(equal, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+    return ReFLRecipe(unet, load_vae(components), dict.fromkeys(("generate", "edit"), Warmth()), rows, REFL, (0, 4))
 
 
 @pytest.mark.parametrize("name", ["refl", "dmd2"])
@@ -54,8 +40,8 @@ def test_two_halves_are_the_whole_and_a_half_without_its_optimizer_is_not(name: 
             run(recipe_of(name, rows, components), steps=steps, output=tmp_path / folder, label=folder)
     read = {folder: torch.load(tmp_path / folder / "state.pt", weights_only=True) for folder in ("whole", "parts", "lossy")}
     kept = ("modules", "optimizers", "ema", "position")
-    assert all(equal(read["whole"][part], read["parts"][part]) for part in kept)
-    assert not equal(read["whole"]["modules"], read["lossy"]["modules"])
+    assert all(same(read["whole"][part], read["parts"][part]) for part in kept)
+    assert not same(read["whole"]["modules"], read["lossy"]["modules"])
     # The control: weights alone go on elsewhere.
     lossy = recipe_of(name, rows, components)
     for module, weights in read["lossy"]["modules"].items():
@@ -63,4 +49,4 @@ def test_two_halves_are_the_whole_and_a_half_without_its_optimizer_is_not(name: 
     for index in (2, 3):
         lossy.step(index)
     own = {module: net.state_dict() for module, net in lossy.modules.items()}
-    assert not equal(read["whole"]["modules"], own)
+    assert not same(read["whole"]["modules"], own)
