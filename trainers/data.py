@@ -326,9 +326,16 @@ def drop_conditions(batch: Batch, settings: SupervisedSettings, key: tuple[int, 
 
 def encoders_digest(folder: Path) -> str:
     """sha256 over the parts that make latents and prompt states: their cached outputs are keyed by it."""
+    return parts_digest(folder, "vae", "text_encoder", "tokenizer", "processor")
+
+
+def parts_digest(folder: Path, *parts: str) -> str:
+    """sha256 over the names and contents of all files of some parts of a folder in diffusers layout."""
     digest = hashlib.sha256()
-    for part in ("vae", "text_encoder", "tokenizer", "processor"):
+    for part in parts:
         for path in sorted((folder / part).rglob("*")):
             if path.is_file():
-                digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                digest.update(str(path.relative_to(folder)).encode() + b"\0" + content)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TextIO
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from dreamlite_data.progress import Progress
+from dreamlite_data.strict_settings import StrictSettings
 from trainers.data import Batch
 from trainers.distributed import as_the_first_says, copy_from_first, gathered, own_share, sum_over_processes, wait_for_all, world
 from trainers.lora import load_trained_state, trained_state
@@ -33,6 +35,8 @@ ROWS = "rows"
 """Among the logs of a micro-batch: how many rows it has."""
 SAVING_SHARE = 0.05
 """Of the time, at most, goes into writing checkpoints: large ones are written less often than was asked."""
+FREE_TO_CHANGE = {"micro_batch": True, "second_scorers": True, "size_phases": {"__all__": {"micro_batch"}}}
+"""Settings that a resume may have otherwise: what rounds, and where the scorers lie that training does not follow."""
 FINITE = "finite"
 """Among the logs of a micro-batch until they are read: whether its loss and its gradients are finite."""
 
@@ -44,7 +48,8 @@ class Recipe(Protocol):
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     ema: Ema
-    settings: Any  # its `batch` is the number of rows of one global batch
+    settings: StrictSettings  # its `batch` is the number of rows of one global batch
+    key: tuple[int, ...]  # fixes every draw
 
     def step(self, index: int) -> dict[str, float]: ...
 
@@ -94,6 +99,7 @@ def run(
     flops_per_sample: Callable[[int], float] | None = None,
     peak_flops: float | None = None,
     on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None,
+    made_of: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Train to `steps`, resuming from `output`; returns the mean of each metric over the last tenth of the run.
 
@@ -105,15 +111,16 @@ def run(
     The position counts steps, and so rows of the plan: it holds for any number of processes, which may change with a resume.
     Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
     each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` of a step is logged as a rate,
-    and as a share of `peak_flops` (of all processes) where that is known.
+    and as a share of `peak_flops` (of all processes) where that is known. `made_of` is what the training rests on beside the
+    recipe's settings and key, such as its data: a checkpoint of other ones is no beginning of this training.
     Raises FloatingPointError with the step's number where a loss, gradient or metric is not finite (see `nonfinite` for
-    its rows), RuntimeError where another training writes
-    to `output`.
+    its rows), RuntimeError where another training writes to `output`, ValueError where the checkpoint there is damaged or another's.
     """
     output.mkdir(parents=True, exist_ok=True)
     kept = max(LOG_EVERY, steps // 10)
+    identity = {"key": list(recipe.key), **recipe.settings.model_dump(mode="json", exclude=FREE_TO_CHANGE), **made_of}
     with _log_of_the_first(output) as log:
-        start, window = _resume(recipe, output, kept)
+        start, window = _resume(recipe, output, kept, identity)
         _begin_alike(recipe, start, output)
         _drop_lines_after(log, start)
         rates, rows = Throughput(peak_flops), recipe.settings.batch
@@ -143,12 +150,12 @@ def run(
                 bar.advance(1, **{name: round(value, 4) for name, value in metrics.items() if name in {"loss", "reward"}})
                 if _is_due(time.monotonic() - saved_at >= pause, shared=on_checkpoint is not None):
                     started = time.monotonic()
-                    _save(recipe, done, window, output)
+                    _save(recipe, done, window, output, identity)
                     saved_at = time.monotonic()
                     pause = max(checkpoint_every_s, (saved_at - started) / SAVING_SHARE)
                     if on_checkpoint:
                         on_checkpoint(done, metrics)
-        _save(recipe, done, window, output)
+        _save(recipe, done, window, output, identity)
     wait_for_all()
     means = {name: _mean(values, done - max(1, done // 10)) for name, values in window.items()} | rates.overall()
     if on_checkpoint:
@@ -284,10 +291,11 @@ def cosine_rate(index: int, *, steps: int, peak: float, warmup: int, final_share
     return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _save(recipe: Recipe, position: int, window: Mapping[str, Sequence[float]], output: Path) -> None:
+def _save(recipe: Recipe, position: int, window: Mapping[str, Sequence[float]], output: Path, identity: Mapping[str, Any]) -> None:
     if not world().first:
         return
     state = {
+        "identity": dict(identity),
         "position": position,
         "modules": {name: trained_state(module) for name, module in recipe.modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in recipe.optimizers.items()},
@@ -313,7 +321,7 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deque[float]]]:
+def _resume(recipe: Recipe, output: Path, kept: int, identity: Mapping[str, Any]) -> tuple[int, dict[str, deque[float]]]:
     """(position, newest metrics) of the checkpoint in `output`, loaded into the recipe; (0, nothing) where there is none."""
     path = output / "state.pt"
     if not path.is_file():
@@ -322,6 +330,10 @@ def _resume(recipe: Recipe, output: Path, kept: int) -> tuple[int, dict[str, deq
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
+    began = state.get("identity", {})
+    if changed := [name for name in {**began, **identity} if began.get(name) != identity.get(name)]:
+        told = "; ".join(f"{name}: {began.get(name)} there, {identity.get(name)} here" for name in changed[:3])
+        raise ValueError(f"{path} began as another training ({told}): give another output folder, or set what differs as it was")
     try:
         for name, module in recipe.modules.items():
             load_trained_state(module, state["modules"][name])

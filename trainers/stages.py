@@ -13,7 +13,7 @@ from dreamlite_data.lake import Lake
 from dreamlite_data.rewards import load_reward, load_scorer
 from trainers.compute import flops_per_sample, peak_flops
 from trainers.conditioning import PromptEncoder, encoder_grid_px
-from trainers.data import TrainingRows, encoders_digest
+from trainers.data import TrainingRows, encoders_digest, parts_digest
 from trainers.device import CPU
 from trainers.distributed import first_process_first, wait_for_all, world
 from trainers.execution import TrainExecution
@@ -120,6 +120,12 @@ def train_stage(
         flops_per_sample=flops_per_sample(settings, unet.config, model.size_px, latent_scale(vae.config)),
         peak_flops=peak and peak * world().size,
         on_checkpoint=on_checkpoint,
+        made_of={
+            "model": model.model_dump(mode="json"),
+            "versions": dict(datasets),
+            "components": digest,
+            "parent": parent and parts_digest(parent, "unet"),
+        },
     )
     if "stopped_at_step" in metrics:
         raise RuntimeError(

@@ -20,6 +20,7 @@ from trainers.conditioning import PromptEncoder
 from trainers.data import read_rows
 from trainers.loop import Ema, run
 from trainers.model import build_unet, load_unet, load_vae
+from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
@@ -112,6 +113,31 @@ def test_a_gradient_that_is_not_finite_stops_too(rows, tmp_path):
     recipe.unet.conv_out.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match="the gradient of .* rows is not finite at step 0"):
         run(recipe, steps=1, output=tmp_path, label="joint")
+    kept = json.loads((tmp_path / "offending_rows.json").read_text())
+    batch = {rows.rows[index].row_id for index in recipe.plans[0].indices(0)[0]}
+    assert kept["not_finite"] == "the gradient" and {row["row_id"] for row in kept["rows"]} == batch, "each of them fails alone"
+
+
+@pytest.mark.parametrize("inner", [0, 1], ids=["student", "fake score"])
+def test_a_nan_in_distillation_stops_the_network_that_meets_it(rows, tmp_path, inner):
+    """A source that is not finite, in a batch of the student or of the fake score: neither takes a step with it."""
+    settings = DMD2Settings(steps=2, batch=2, micro_batch=2, student_steps=2, fake_steps=1, fake_warmup_steps=0)
+    recipe = DMD2Recipe(fresh(), rows, settings, (1,))
+    run(recipe, steps=1, output=tmp_path, label="dmd2")
+    state = (tmp_path / "state.pt").read_bytes()
+    weights = {name: [value.clone() for value in net.state_dict().values()] for name, net in recipe.modules.items()}
+    bad = next(rows.rows[index] for index in recipe.plan.indices(2 + inner)[0] if rows.rows[index].task == "edit")
+    healthy = rows.latents.values[bad.source_image_id]
+    rows.latents.values[bad.source_image_id] = torch.full_like(healthy, float("nan"))
+    try:
+        with pytest.raises(FloatingPointError, match=rf"dmd2: the loss of 1 rows is not finite at step 1 \({bad.row_id}\)"):
+            run(recipe, steps=2, output=tmp_path, label="dmd2")
+    finally:
+        rows.latents.values[bad.source_image_id] = healthy
+    assert [row["row_id"] for row in json.loads((tmp_path / "offending_rows.json").read_text())["rows"]] == [bad.row_id]
+    assert (tmp_path / "state.pt").read_bytes() == state
+    moved = {name for name, net in recipe.modules.items() if not all(map(torch.equal, weights[name], net.state_dict().values()))}
+    assert moved == ({"fake"} if inner == 0 else set()), "the fake score's step comes first"
 
 
 def test_a_damaged_state_and_one_of_another_network_are_refused_and_kept(rows, tmp_path):
@@ -124,6 +150,31 @@ def test_a_damaged_state_and_one_of_another_network_are_refused_and_kept(rows, t
     with pytest.raises(ValueError, match="state.pt is damaged"):
         run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint")
     assert (tmp_path / "state.pt").read_bytes() == whole[: len(whole) // 2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "key", "said"),
+    [({"learning_rate": 1e-4}, (1,), "learning_rate: 0.001 there, 0.0001 here"), ({"optimizer": "muon"}, (1,), "optimizer: adamw there, muon here"),
+     ({"steps": 8}, (1,), "steps: 4 there, 8 here"), ({}, (2,), r"key: \[1\] there, \[2\] here")],
+)  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_no_beginning(rows, tmp_path, changed, key, said):
+    run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=1, output=tmp_path, label="joint")
+    state = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"state.pt began as another training .*{said}"):
+        run(SupervisedRecipe(fresh(), rows, JOINT.model_copy(update=changed), key), steps=2, output=tmp_path, label="joint")
+    assert (tmp_path / "state.pt").read_bytes() == state
+    with pytest.raises(ValueError, match="versions: None there"):
+        run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint", made_of={"versions": {"t2i": 2}})
+    run(SupervisedRecipe(fresh(), rows, JOINT.model_copy(update={"micro_batch": 2}), (1,)), steps=2, output=tmp_path, label="joint")
+
+
+@pytest.mark.parametrize("first", [0.0, 0.1])
+def test_a_discriminator_does_not_appear_in_or_vanish_from_a_training(rows, tmp_path, first):
+    settings = DMD2Settings(steps=2, batch=2, student_steps=2, fake_steps=1, fake_warmup_steps=0)
+    begun, other = (DMD2Recipe(fresh(), rows, settings.model_copy(update={"gan_weight": weight}), (1,)) for weight in (first, 0.1 - first))
+    run(begun, steps=1, output=tmp_path, label="dmd2")
+    with pytest.raises(ValueError, match="began as another training .*gan_weight"):
+        run(other, steps=2, output=tmp_path, label="dmd2")
 
 
 def test_a_damaged_checkpoint_is_named(checkpoints, tmp_path):

@@ -10,17 +10,21 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from dreamlite_data.strict_settings import StrictSettings
 from trainers.flow import keyed_normal
 from trainers.loop import Ema, run
 
 BATCH = 4
 STEPS = 80
 KILLS = 4
+
+
+class ToySettings(StrictSettings):
+    batch: int = BATCH
 
 
 class ToyRecipe:
@@ -31,13 +35,13 @@ class ToyRecipe:
         torch.manual_seed(0)
         self.net = nn.Linear(6, 6)
         self.modules, self.optimizers = {"net": self.net}, {"net": torch.optim.AdamW(self.net.parameters(), lr=1e-2)}
-        self.ema, self.settings = Ema(self.net, 0.9), SimpleNamespace(batch=BATCH)
+        self.ema, self.settings, self.key = Ema(self.net, 0.9), ToySettings(), (3,)
         self.journal, self.pause_s = journal, pause_s
 
     def step(self, index: int) -> dict[str, float]:
         positions = list(range(index * BATCH, (index + 1) * BATCH))
         self.note(step=index, positions=positions)
-        data = keyed_normal((3,), positions, (6,))
+        data = keyed_normal(self.key, positions, (6,))
         loss = ((self.net(data) - data) ** 2).mean()
         self.optimizers["net"].zero_grad()
         loss.backward()
