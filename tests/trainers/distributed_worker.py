@@ -53,8 +53,8 @@ def unet(seed: int = 0) -> torch.nn.Module:
     return build_unet(TINY_MODEL, 64, 8, seed)
 
 
-def supervised(inputs: Inputs, optimizer: str = "adamw", key: tuple[int, ...] = (0, 2)) -> SupervisedRecipe:
-    return SupervisedRecipe(unet(), inputs.rows, JOINT.model_copy(update={"optimizer": optimizer}), key)
+def supervised(inputs: Inputs, key: tuple[int, ...] = (0, 2), **settings: object) -> SupervisedRecipe:
+    return SupervisedRecipe(unet(), inputs.rows, JOINT.model_copy(update=settings), key)
 
 
 def refl(inputs: Inputs) -> ReFLRecipe:
@@ -62,13 +62,13 @@ def refl(inputs: Inputs) -> ReFLRecipe:
     return ReFLRecipe(unet(), load_vae(inputs.components), rewards, inputs.rows, REFL, (0, 4))
 
 
-def dmd2(inputs: Inputs) -> DMD2Recipe:
-    return DMD2Recipe(unet(), inputs.rows, DMD2, (0, 5))
+def dmd2(inputs: Inputs, **settings: object) -> DMD2Recipe:
+    return DMD2Recipe(unet(), inputs.rows, DMD2.model_copy(update=settings), (0, 5))
 
 
 RECIPES: dict[str, Callable[[Inputs], Recipe]] = {
     "adamw": supervised,
-    "muon": lambda inputs: supervised(inputs, "muon"),
+    "muon": lambda inputs: supervised(inputs, optimizer="muon"),
     "refl": refl,
     "dmd2": dmd2,
 }

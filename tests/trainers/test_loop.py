@@ -3,6 +3,8 @@ What a checkpoint must hold is shown by leaving it out."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -13,9 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainers import killed_training
 from tests.trainers.conftest import same
-from tests.trainers.toy_recipe import BATCH, KILLS, STEPS, ToyRecipe, train
+from tests.trainers.distributed_worker import Inputs
+from tests.trainers.killed_training import KILLS, STEPS
+from tests.trainers.synthetic import SceneRows
+from tests.trainers.toy_recipe import BATCH, ToyRecipe, train
+from trainers import parallel
+from trainers.conditioning import PromptEncoder
 from trainers.loop import run
+from trainers.model import load_vae
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,26 +39,55 @@ def logged(output: Path) -> list[tuple[float, str, float]]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(killed_training.RECIPES))
+def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(components: Path, tmp_path: Path, name: str) -> None:
+    rows = SceneRows(8, load_vae(components), PromptEncoder.load(components, "post_norm"))
+    torch.save(inputs := Inputs(rows, components), tmp_path / "inputs.pt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DREAMLITE_PROGRESS": "0"}
-    subprocess.run([sys.executable, "-m", "tests.trainers.toy_recipe", str(tmp_path), "7"], cwd=ROOT, env=environment, check=True, timeout=900)
-    train(tmp_path / "whole")
-    assert same(state(tmp_path / "killed"), state(tmp_path / "whole")), "weights, optimizer, average, metrics or position differ"
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    command = [sys.executable, "-m", "tests.trainers.killed_training", str(tmp_path), name, "7"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=900)
+    parallel.use_threads(1)
+    killed_training.train(name, inputs, tmp_path / "whole", tmp_path / "whole.jsonl")
+    assert same(state(tmp_path / name), state(tmp_path / "whole")), "weights, optimizer, average, metrics or position differ"
+    assert logged(tmp_path / name) == logged(tmp_path / "whole")
 
-    events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    lives = [list(life) for _, life in itertools.groupby(events, key=lambda event: event["process"])]
+    lives, (whole,) = lives_in(tmp_path / f"{name}.jsonl"), lives_in(tmp_path / "whole.jsonl")
     assert len(lives) == KILLS + 1
-    steps = [[event for event in life if "step" in event] for life in lives]
-    for life, following in itertools.pairwise(range(KILLS + 1)):
-        written = [event["checkpoint"] for event in lives[life] if "checkpoint" in event] or [steps[life][0]["step"]]
-        resumed, reached = steps[following][0]["step"], steps[life][-1]["step"]
-        # The kill may fall between a checkpoint and its line in the journal.
-        assert written[-1] <= resumed <= reached + 1, "more was lost than what came after the last checkpoint"
-    seen: dict[int, list[int]] = {}
-    for life in steps:  # what a life did after its last checkpoint is done again by the next: that one counts
-        seen |= {event["step"]: event["positions"] for event in life}
-    assert [position for step in range(STEPS) for position in seen[step]] == list(range(STEPS * BATCH))
+    lost = []
+    for life, following in itertools.pairwise(lives):
+        resumed, reached, last = min(following.steps), max(life.steps), life.checkpoints[-1]
+        assert last < STEPS, "the kill came in the middle"
+        # A checkpoint may be written whose line is not: the kill fell between the two.
+        assert last <= resumed <= reached + 1, "more was lost than what came after the last checkpoint"
+        lost.append(reached + 1 - resumed)
+    assert any(lost), "no kill ever cost a step: nothing was tried"
+    done: dict[int, list[int]] = {}
+    for life in lives:  # what a life did after its last checkpoint is done again by the next: that one counts
+        done |= life.steps
+    assert done == whole.steps
+    read = collections.Counter(row for step in done.values() for row in step)
+    assert len(read) == len(rows.rows) and len(set(read.values())) == 1, "whole epochs: each row as often as any other"
+
+
+@dataclasses.dataclass
+class Life:
+    """One process of a training: the rows that each of its steps read, and the positions of its checkpoints."""
+
+    steps: dict[int, list[int]]
+    checkpoints: list[int]
+
+
+def lives_in(journal: Path) -> list[Life]:
+    lives: dict[int, Life] = {}
+    for event in map(json.loads, journal.read_text().splitlines()):
+        life = lives.setdefault(event["process"], Life({}, []))
+        if "step" in event:
+            life.steps[event["step"]] = []
+        elif "checkpoint" in event:
+            life.checkpoints.append(event["checkpoint"])
+        elif life.steps:  # what a recipe reads before its first step is no training
+            life.steps[max(life.steps)] += event["rows"]
+    return list(lives.values())
 
 
 @pytest.mark.parametrize("lost", ["nothing", "ema", "position", "optimizers"])
@@ -68,10 +106,9 @@ def test_a_resumed_training_is_bit_equal_only_with_all_of_its_state(tmp_path: Pa
 
 def test_a_finished_training_does_no_step_and_gives_the_same_metrics(tmp_path: Path) -> None:
     first = run(ToyRecipe(), steps=30, output=tmp_path, label="toy")
-    again = ToyRecipe(tmp_path / "journal.jsonl")
-    second = run(again, steps=30, output=tmp_path, label="toy")
-    assert second["loss"] == first["loss"]
-    assert not (tmp_path / "journal.jsonl").exists()
+    again = ToyRecipe()
+    again.step = lambda index: pytest.fail(f"step {index} was done again")
+    assert run(again, steps=30, output=tmp_path, label="toy")["loss"] == first["loss"]
 
 
 def test_the_log_says_how_fast_it_went_and_how_long_it_waited(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ class DMD2Recipe:
         return deployed_sigmas(self.settings.student_steps, *batch.condition.shape[2:])
 
     def _batch(self, index: int, number: int) -> Batch:
-        # Each inner step has rows of its own: the plan's step counts all of them.
+        # Each inner step has rows of its own: the plan's step counts all of them. Warm-up steps of the fake score read ahead the rows
+        # of steps to come, with draws of their own.
         inner = index * (self.settings.fake_steps + 1) + number
         indices, positions = self.plan.indices(inner)
         return self.rows.batch(indices, positions, with_target=self.settings.reads_targets)
