@@ -17,7 +17,9 @@ from trainers import parallel
 from trainers.components.build import PACKAGED
 from trainers.distributed import joined, world
 from trainers.loop import Recipe, run
+from trainers.lora import trainable
 from trainers.model import build_unet, load_vae
+from trainers.recipes import dmd2 as recipe_module
 from trainers.recipes.dmd2 import DMD2Recipe
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
@@ -31,7 +33,8 @@ JOINT = SupervisedSettings(
 REFL = ReFLSettings(
     steps=STEPS, batch=4, micro_batch=1, rollout_steps=3, hinge="none", reward_weight=1.0, sigma_high=1.0, learning_rate=1e-3
 )
-DMD2 = DMD2Settings(steps=2, batch=4, micro_batch=1, student_steps=2, fake_steps=1, fake_warmup_steps=1)
+DMD2 = DMD2Settings(steps=2, batch=4, micro_batch=4, student_steps=2, fake_steps=1, fake_warmup_steps=1)
+"""A process holds all of its rows in one micro-batch: a normaliser that is a mean over them would depend on how many there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +69,24 @@ def dmd2(inputs: Inputs, **settings: object) -> DMD2Recipe:
     return DMD2Recipe(unet(), inputs.rows, DMD2.model_copy(update=settings), (0, 5))
 
 
+def with_sgd(recipe: Recipe) -> Recipe:
+    """The recipe with plain SGD, which shows the rounding of sums as it is: nothing divides by a small moment."""
+    for name, module in recipe.modules.items():
+        recipe.optimizers[name] = torch.optim.SGD(trainable(module))  # the recipe sets the rate
+    return recipe
+
+
+def batch_mean_gradient(data: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """The mistake: one normaliser for all rows at hand, so that the gradient of a row depends on how rows are shared out."""
+    return (fake - real) / (data - real).abs().mean()
+
+
 RECIPES: dict[str, Callable[[Inputs], Recipe]] = {
     "adamw": supervised,
+    "sgd": lambda inputs: with_sgd(supervised(inputs, learning_rate=0.1)),
     "muon": lambda inputs: supervised(inputs, optimizer="muon"),
     "refl": refl,
-    "dmd2": dmd2,
+    "dmd2": lambda inputs: with_sgd(dmd2(inputs, learning_rate=0.1, fake_learning_rate=0.1)),
 }
 
 
@@ -78,6 +94,27 @@ def train(name: str, inputs: Inputs, output: Path, steps: int | None = None) -> 
     """Train a recipe in all processes there are; its state is in output/state.pt."""
     recipe = RECIPES[name](inputs)
     run(recipe, steps=steps or recipe.settings.steps, output=output, label=name)
+    return recipe
+
+
+def train_with_batch_mean(inputs: Inputs, output: Path) -> None:
+    kept = recipe_module.matching_gradient
+    recipe_module.matching_gradient = batch_mean_gradient
+    try:
+        train("dmd2", inputs, output)
+    finally:
+        recipe_module.matching_gradient = kept
+
+
+def train_with_rewards(inputs: Inputs, output: Path, *, sharded: bool) -> ReFLRecipe:
+    """A step of ReFL on each task with the rewards of the package, whole in each process or spread over all of them."""
+    rewards = {task: load_reward(PACKAGED / "rewards" / task) for task in ("generate", "edit")}
+    settings = REFL.model_copy(update={"steps": 2, "micro_batch": 2, "learning_rate": 0.1})
+    if sharded:
+        for reward in rewards.values():
+            shard_reward(reward, settings.batch)
+    recipe = with_sgd(ReFLRecipe(unet(), load_vae(inputs.components), rewards, inputs.rows, settings, (0, 4)))
+    run(recipe, steps=2, output=output, label="refl")
     return recipe
 
 
@@ -112,6 +149,8 @@ def main(folder: Path) -> None:
             train(name, inputs, folder / f"{name}_of_{here.size}")
         train("muon", inputs, folder / "elastic", steps=STEPS // 2)
         score_sharded(folder, here.rank)
+        train_with_batch_mean(inputs, folder / "batch_mean_of_2")
+        train_with_rewards(inputs, folder / "rewards_sharded", sharded=True)
         run(supervised(inputs, key=(world().rank, 2)), steps=STEPS, output=folder / "own_keys", label="own keys")
 
 
