@@ -4,14 +4,16 @@ distribution matching, a distilled mixture, a reward against its regulariser. Ea
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.trainers.toys import IDENTITY_VAE, ExactNet, PointNet, PointRows, coverage, fitted, points, sliced_distance
+from tests.trainers.conftest import same
+from tests.trainers.toys import ExactNet, PointNet, PointRows, coverage, fitted, points, sliced_distance
 from trainers import flow
 from trainers.conditioning import Embeddings
-from trainers.recipes import supervised
+from trainers.recipes import dmd2, refl, supervised
 from trainers.recipes.dmd2 import DMD2Recipe, matching_gradient
 from trainers.recipes.refl import ReFLRecipe
 from trainers.recipes.supervised import SupervisedRecipe
@@ -92,6 +94,10 @@ def test_the_matching_gradient_is_that_of_the_divergence_in_closed_form(t):
     assert flipped.mean().item() == pytest.approx(-expected_shift, rel=0.02)  # away from the teacher
 
 
+def flipped(data: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    return -matching_gradient(data, real, fake)
+
+
 def distilled(net: PointNet, rows: PointRows, steps: int, mistake: str | None = None) -> torch.Tensor:
     """Points of the average of a student that DMD2 has trained from `net` with the exact teacher."""
     settings = DMD2Settings(
@@ -109,7 +115,7 @@ def distilled(net: PointNet, rows: PointRows, steps: int, mistake: str | None = 
 
 
 @pytest.mark.thorough
-def test_dmd2_distils_a_mixture_and_keeps_its_modes():
+def test_dmd2_distils_a_mixture_and_keeps_its_modes(monkeypatch):
     rows = PointRows(FOUR_MODES, DEVIATION)
     net, truth = fitted(rows, 1_500), points(rows.draw(list(range(1_000, 1_064))))
     before = sliced_distance(drawn_by(net, flow.deployed_sigmas(4, 8, 8), 2), truth)
@@ -121,36 +127,70 @@ def test_dmd2_distils_a_mixture_and_keeps_its_modes():
     assert stale > 0.75 * before, "a fake score that does not follow its student must not pass"
     still = sliced_distance(distilled(net, rows, 20, "fake is the teacher"), truth)
     assert still == pytest.approx(before, rel=0.05), "equal scores have no gradient"
+    monkeypatch.setattr(dmd2, "matching_gradient", flipped)
+    away = sliced_distance(distilled(net, rows, 60), truth)
+    assert away > 2 * before, "with the sign flipped the student flees from its teacher"
 
 
 class FirstCoordinate:
-    """A reward that grows without end to the right: followed alone, it leaves the data behind."""
+    """1 + the first coordinate, which grows without end to the right: followed alone, it leaves the data behind."""
+
+    def __init__(self, *, detached: bool = False) -> None:
+        self.detached = detached
 
     def differentiable(self, images, prompts, sources=None):
-        return images[:, 0].mean((1, 2))
+        return 1 + (images.detach() if self.detached else images)[:, 0].mean((1, 2))
 
 
-def rewarded(net: PointNet, rows: PointRows, velocity_weight: float, steps: int = 60) -> tuple[float, float, float]:
-    """(mean reward, mean squared move of the points, share within 3 deviations of a mode) after ReFL from `net`."""
-    settings = ReFLSettings(
-        datasets=("toy",), steps=steps, batch=8, micro_batch=8, rollout_steps=8, sigma_low=0.0, sigma_high=1.0, hinge="none",
-        reward_weight=1.0, velocity_weight=velocity_weight, learning_rate=3e-3, clip_norm=10.0, guidance_scale=1.0,
+ROLLOUT = flow.deployed_sigmas(28, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def start() -> tuple[PointNet, PointRows]:
+    """A network that draws the four modes, and their rows."""
+    torch.set_num_threads(1)
+    rows = PointRows(FOUR_MODES, DEVIATION)
+    return fitted(rows, 2_500), rows
+
+
+def rewarded(start: tuple[PointNet, PointRows], *, steps: int = 60, brightness: float = 0.0, detached: bool = False, **settings: float) -> PointNet:
+    """The network after ReFL on the first coordinate of images that are the points and a `brightness`."""
+    net, rows = start
+    asked = ReFLSettings(
+        datasets=("toy",), steps=steps, batch=8, micro_batch=8, rollout_steps=28, hinge="none", reward_weight=0.01, learning_rate=3e-3,
+        clip_norm=10.0, guidance_scale=1.0, **{"sigma_low": 0.0, "sigma_high": 1.0, **settings},
     )  # fmt: skip
-    start = drawn_by(net, flow.deployed_sigmas(8, 8, 8), 2, panels=16)
-    rewards = {task: FirstCoordinate() for task in ("generate", "edit")}
-    recipe = ReFLRecipe(copy.deepcopy(net), IDENTITY_VAE, rewards, rows, settings, (0, 4))
+    rewards = dict.fromkeys(("generate", "edit"), FirstCoordinate(detached=detached))
+    vae = SimpleNamespace(decoder=lambda latents: latents + brightness)
+    recipe = ReFLRecipe(copy.deepcopy(net), vae, rewards, rows, asked, (0, 4))
     for index in range(steps):
         recipe.step(index)
-    found = drawn_by(recipe.unet, flow.deployed_sigmas(8, 8, 8), 2, panels=16)
-    return found[:, 0].mean().item(), ((found - start) ** 2).mean().item(), coverage(found, FOUR_MODES, DEVIATION)[0]
+    return recipe.unet
 
 
-@pytest.mark.thorough
-def test_a_reward_rises_and_its_regulariser_bounds_the_drift():
-    """The weaker the pull to the start model, the further the points go, and without one they leave the data."""
-    rows = PointRows(FOUR_MODES, DEVIATION)
-    net = fitted(rows, 800)
-    reward, drift, near = zip(*(rewarded(net, rows, weight) for weight in (100.0, 30.0, 0.0)), strict=True)
-    assert drift[0] < 0.01 < drift[1] < 0.2 and drift[2] > 0.5, "drift falls with the weight"
-    assert reward[0] < reward[1] and reward[1] > 0.15, "the reward rises while the regulariser holds"
-    assert near[1] > 0.9 * near[0] and near[2] < 0.5 * near[0], "without the regulariser the data is lost"
+def test_a_reward_rises_and_its_regulariser_bounds_the_drift(start):
+    """Reward, mean squared move of the points and share of points near a mode, at three weights of the pull to the start model."""
+    before = drawn_by(start[0], ROLLOUT, 2, panels=16)
+    reward_before, near_before = 1 + before[:, 0].mean(), coverage(before, FOUR_MODES, DEVIATION)[0]
+    assert abs(reward_before - 1) < 0.05 and near_before > 0.9
+    reward, drift, near = {}, {}, {}
+    for weight in (0.3, 3.0, 0.0):
+        found = drawn_by(rewarded(start, velocity_weight=weight), ROLLOUT, 2, panels=16)
+        reward[weight], drift[weight] = 1 + found[:, 0].mean(), ((found - before) ** 2).mean()
+        near[weight] = coverage(found, FOUR_MODES, DEVIATION)[0]
+    assert reward[0.3] > 1.2 * reward_before and drift[0.3] < 0.5 and near[0.3] > 0.9
+    assert drift[3.0] < 0.02, "held too tightly, nothing is learned"
+    assert drift[0.0] > 5 and near[0.0] < 0.1, "not held at all, the data is lost"
+
+
+def test_a_detached_reward_moves_no_weight(start):
+    moved = {detached: not same(start[0].state_dict(), rewarded(start, steps=3, velocity_weight=0.3, detached=detached).state_dict()) for detached in (False, True)}
+    assert moved == {False: True, True: False}
+
+
+def test_images_out_of_range_are_pulled_back_only_straight_through_the_clamp(start, monkeypatch):
+    """Every value lies beyond the bounds of an image, where a plain clamp has no gradient."""
+    far = {"brightness": 40.0, "steps": 2, "velocity_weight": 0.0}
+    assert not same(start[0].state_dict(), rewarded(start, **far).state_dict())
+    monkeypatch.setattr(refl, "straight_through_clamp", lambda values, low, high: values.clamp(low, high))
+    assert same(start[0].state_dict(), rewarded(start, **far).state_dict())
