@@ -1,6 +1,7 @@
 """Each recipe learns what it should, moves only the networks it should, and resumes bit for bit.
 Tiny networks on real batches of the small world."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,7 +13,7 @@ from tests.trainers.synthetic import SceneRows
 from tests.trainers.toys import IDENTITY_VAE, PointNet, PointRows
 from trainers import flow, stages
 from trainers.batch_plan import Plan
-from trainers.conditioning import EDIT_TEMPLATE, GENERATE_TEMPLATE, PromptEncoder
+from trainers.conditioning import EDIT_TEMPLATE, GENERATE_TEMPLATE, Embeddings, PromptEncoder
 from trainers.data import Row, drop_conditions, foreground
 from trainers.loop import Ema, run
 from trainers.model import build_unet, load_unet, load_vae
@@ -23,6 +24,7 @@ from trainers.recipes.supervised import SupervisedRecipe
 from trainers.settings import DMD2Settings, ReFLSettings, SupervisedSettings
 
 JOINT = SupervisedSettings(tasks={"generate": 0.5, "edit": 0.5}, datasets=("t2i", "edit"), steps=6, batch=4, warmup_steps=1)
+POINTS = PointRows(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,29 @@ def fresh(seed=0):
 
 
 def test_supervised_overfits_a_batch_and_a_frozen_network_does_not(rows):
+    """Four rows whose latents have a spread of 1: a network that knows nothing has a loss of 1 + 1."""
     few = SceneRows.__new__(SceneRows)
-    few.__dict__ |= rows.__dict__ | {"by_task": {task: found[:2] for task, found in rows.by_task.items()}}
-    settings = JOINT.model_copy(update={"steps": 60, "learning_rate": 3e-3, "drop_text": 0.0, "warmup_steps": 5})
+    few.__dict__ |= rows.__dict__ | {"by_task": {task: found[:2] for task, found in rows.by_task.items()}, "latents": copy.copy(rows.latents)}
+    few.latents.values = {name: (value - value.mean()) / value.std() for name, value in rows.latents.values.items()}
+    settings = JOINT.model_copy(
+        update={"steps": 60, "learning_rate": 2e-3, "drop_text": 0.0, "drop_both_edit": 0.0, "warmup_steps": 5, "foreground_weight": False}
+    )
     losses = [metrics["loss"] for metrics in _steps(SupervisedRecipe(fresh(), few, settings, (0,)), 60)]
-    assert sum(losses[-10:]) / 10 < 0.7 * sum(losses[:5]) / 5
+    assert sum(losses[-20:]) / 20 < 0.5 * 2 < 1.7 < losses[0]
     frozen = settings.model_copy(update={"learning_rate": 1e-12})
-    still = [metrics["loss"] for metrics in _steps(SupervisedRecipe(fresh(), few, frozen, (0,)), 30)]
-    assert sum(still[-10:]) / 10 > 0.85 * sum(still[:5]) / 5
+    still = [metrics["loss"] for metrics in _steps(SupervisedRecipe(fresh(), few, frozen, (0,)), 20)]
+    assert sum(still) / 20 > 1.7
+
+
+def test_the_right_panel_reaches_the_network_as_it_is(rows):
+    """Zeros or the source, at any time, while the left one is noised."""
+    recipe, fed = SupervisedRecipe(fresh(), rows, JOINT.model_copy(update={"drop_both_edit": 0.0, "micro_batch": 4}), (0,)), []
+    recipe.unet.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0].detach().clone()))
+    recipe.step(0)
+    batch = rows.batch(*recipe.plans[0].indices(0))
+    left, right = fed[0].chunk(2, dim=3)
+    assert len(fed) == 1 and torch.equal(right, batch.condition) and batch.condition[batch.is_edit].abs().amax() > 0
+    assert all((left[row] - batch.latents[row]).abs().mean() > 1e-3 for row in range(4))
 
 
 def test_resume_is_bit_exact_and_a_lost_optimizer_is_noticed(rows, tmp_path):
@@ -88,28 +105,24 @@ def test_plan_counts_tasks_exactly_and_shows_each_row_once_an_epoch(rows):
         Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, 5, (0,))
 
 
-def test_drop_out_rates_are_the_settings_and_repeat_on_resume(rows):
+def test_drop_out_rates_are_the_settings_and_repeat_on_resume():
+    """20,000 rows of each task, of which 10 %, 5 % and 5 % are dropped, each within three deviations; later rows draw as in one batch."""
     settings = JOINT.model_copy(update={"drop_text": 0.1, "drop_text_edit": 0.05, "drop_both_edit": 0.05})
-    counts = {"generate": 0, "edit_text": 0, "edit_both": 0}
-    total = 2_000
+    total, shares = 20_000, {}
     for task in ("generate", "edit"):
-        index = rows.by_task[task][0]
-        batch = rows.batch([index] * total, list(range(total)))
+        index = POINTS.by_task[task][0]
+        batch = POINTS.batch([index] * total, list(range(total)), with_target=False)
+        full = Embeddings(torch.ones_like(batch.text.states), batch.text.mask)  # the null states are zeros
+        batch = dataclasses.replace(batch, text=full, condition=torch.ones_like(batch.condition))
         dropped = drop_conditions(batch, settings, (7,))
-        again = drop_conditions(batch, settings, (7,))
-        assert torch.equal(dropped.text.states, again.text.states)
-        lengths = dropped.text.mask.sum(1)
-        null = int(batch.null.mask[0].sum())
-        is_null = lengths == null
-        zero = dropped.condition.abs().amax((1, 2, 3)) == 0
-        if task == "generate":
-            counts["generate"] = int(is_null.sum())
-        else:
-            counts["edit_both"] = int(zero.sum())
-            counts["edit_text"] = int((is_null & ~zero).sum())
-            assert not (zero & ~is_null).any(), "the source is never dropped alone: inference never does"
-    for name, share in (("generate", 0.1), ("edit_text", 0.05), ("edit_both", 0.05)):
-        assert abs(counts[name] / total - share) < 3 * (share * (1 - share) / total) ** 0.5
+        is_null, blank = dropped.text.states[:, 0, 0] == 0, dropped.condition.abs().amax((1, 2, 3)) == 0
+        later = drop_conditions(batch.split(total // 2)[1], settings, (7,))
+        assert torch.equal(later.text.states, dropped.text.states[total // 2 :]) and torch.equal(later.condition, dropped.condition[total // 2 :])
+        assert not (blank & ~is_null).any(), "the source is never dropped alone: inference never does"
+        shares |= {(task, "text"): (is_null & ~blank).float().mean().item(), (task, "both"): blank.float().mean().item()}
+    assert shares.pop(("generate", "both")) == 0
+    expected = {("generate", "text"): 0.1, ("edit", "text"): 0.05, ("edit", "both"): 0.05}
+    assert all(abs(shares[name] - share) < 3 * (share * (1 - share) / total) ** 0.5 for name, share in expected.items())
     # Two independent draws at the same rates, the mistake, would drop the source alone on nearly all rows that lose it.
     text, source = (torch.rand(total, generator=torch.Generator().manual_seed(seed)) < 0.1 for seed in (0, 1))
     assert (source & ~text).sum() > 0.5 * source.sum()
@@ -155,36 +168,20 @@ def test_ema_matches_its_closed_form():
 class Brightness:
     """A reward whose truth is plain: mean pixel value."""
 
-    def __init__(self, detach=False):
-        self.detach = detach
-
     def differentiable(self, images, prompts, sources=None):
-        return (images.detach() if self.detach else images).mean((1, 2, 3))
+        return images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("detached", [False, True])
-def test_refl_raises_a_known_reward_and_a_detached_one_stays(rows, components, detached):
+def test_refl_raises_a_known_reward(rows, components):
     settings = ReFLSettings(
         steps=16, batch=4, rollout_steps=4, hinge="none", reward_weight=1.0, velocity_weight=0.0, learning_rate=1e-3, sigma_high=1.0
     )
-    rewards = {task: Brightness(detached) for task in ("generate", "edit")}
+    rewards = {task: Brightness() for task in ("generate", "edit")}
     recipe = ReFLRecipe(fresh(), load_vae(components), rewards, rows, settings, (0,))
     values = [metrics.get("reward_generate_scaled") for metrics in _steps(recipe, 16)]
     values = [value for value in values if value is not None]
     rise = sum(values[-2:]) / 2 - sum(values[:2]) / 2
-    assert (rise > 0.5) != detached
-
-
-def test_refl_velocity_weight_bounds_the_drift(rows, components):
-    drifts = []
-    for weight in (0.0, 30.0):
-        settings = ReFLSettings(
-            steps=10, batch=4, rollout_steps=4, hinge="none", reward_weight=1.0, velocity_weight=weight, learning_rate=1e-3, sigma_high=1.0
-        )
-        rewards = {task: Brightness() for task in ("generate", "edit")}
-        recipe = ReFLRecipe(fresh(), load_vae(components), rewards, rows, settings, (0,))
-        drifts.append(list(_steps(recipe, 10))[-1]["drift"])
-    assert drifts[1] < 0.5 * drifts[0]
+    assert rise > 0.5
 
 
 def test_hinge_sides():
@@ -194,7 +191,7 @@ def test_hinge_sides():
     assert hinge_loss(reward, "cap", 1.0)[1] == 0.5
 
 
-def test_dmd_gradient_points_at_the_teacher_and_the_flipped_sign_away():
+def test_the_matching_gradient_points_at_the_teacher_and_is_nothing_where_the_scores_agree():
     """Student N(b, 1), teacher N(m, 1): E[g] must move b towards m (here b = 0, m = 2)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, 1, 1, 1, generator=generator)
@@ -235,9 +232,6 @@ def test_the_checkpoint_of_a_stage_holds_the_average(components, tmp_path, monke
     state, saved = torch.load(tmp_path / "state.pt", weights_only=True), load_unet(tmp_path / "checkpoint").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in state["ema"].items())
     assert not all(torch.equal(value, saved[name]) for name, value in state["modules"]["unet"].items()), "not the last weights"
-
-
-POINTS = PointRows(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), 0.2)
 
 
 def test_dmd2_takes_five_fake_steps_for_each_of_the_student_and_each_moves_its_own():
