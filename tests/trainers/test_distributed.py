@@ -14,7 +14,9 @@ import torch
 
 from tests.trainers import distributed_worker as worker
 from tests.trainers.synthetic import SceneRows
+from tests.trainers.toys import PointRows
 from trainers import distributed, parallel, reward_sharding
+from trainers.batch_plan import Plan
 from trainers.conditioning import PromptEncoder
 from trainers.model import load_vae
 from trainers.reward_sharding import shard_reward
@@ -98,6 +100,19 @@ def test_a_batch_that_leaves_a_process_without_rows_is_refused(monkeypatch: pyte
     assert [distributed.own_share(rows) for rows in (3, 8, 9, 32)] == [1, 3, 3, 11]
     with pytest.raises(ValueError, match="4 rows leaves some of 3 processes"):
         distributed.own_share(4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_shares_of_all_processes_are_the_batch_and_its_tasks_are_one_to_one(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    rows = PointRows(torch.zeros(1, 1), 1.0)
+    batch = rows.batch(*Plan(rows.pools(), {"generate": 0.5, "edit": 0.5}, 8, (0,)).indices(3))
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "world", lambda rank=rank: distributed.World(rank, size))
+        shares.append(batch.split(distributed.own_share(8))[rank])
+    assert [position for share in shares for position in share.positions] == list(range(24, 32))
+    assert torch.equal(torch.cat([share.latents for share in shares]), batch.latents)
+    assert sum(int(share.is_edit.sum()) for share in shares) == 4
 
 
 def test_sharded_rewards_score_as_whole_ones_and_lie_in_halves(folder: Path) -> None:

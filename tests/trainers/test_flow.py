@@ -18,6 +18,10 @@ def test_conversions_are_inverse_and_the_swapped_sign_is_not():
     x = flow.interpolate(data, noise, t)
     torch.testing.assert_close(flow.data_from_velocity(x, noise - data, t), data, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(flow.noise_from_velocity(x, noise - data, t), noise, atol=1e-6, rtol=1e-5)
+    velocity = torch.randn(16, 4, 8, 8)  # of no path: both estimates still put it and the point together again
+    clean, eps = flow.data_from_velocity(x, velocity, t), flow.noise_from_velocity(x, velocity, t)
+    torch.testing.assert_close(eps - clean, velocity, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(flow.interpolate(clean, eps, t), x, atol=1e-6, rtol=1e-5)
     assert (flow.data_from_velocity(x, data - noise, t) - data).abs().max() > 0.1
 
 
