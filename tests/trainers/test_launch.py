@@ -4,8 +4,12 @@ The weights differ by the rounding of a sum, and what cannot run is refused befo
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from pydantic import ValidationError
@@ -54,6 +58,63 @@ def test_two_processes_of_torchrun_train_what_this_one_does_and_name_what_failed
         broken = request(root, components, tmp_path / "broken", **execution).model_copy(update={"datasets": {"t2i": 2}})
         with pytest.raises(RuntimeError, match="stage 't2i' failed under torchrun: .*t2i.*torchrun.log"):
             train(broken, lake)
+
+
+def kill_a_worker(output: Path, sign: str, killed: list[int]) -> threading.Thread:
+    """Waits for the first checkpoint in `output` and then ends one process whose command line holds `sign`, as a lost node would."""
+
+    def watch() -> None:
+        while not (output / "state.pt").exists():
+            time.sleep(0.005)
+        workers = [process for process in psutil.process_iter() if is_worker(process, sign)]
+        killed.append(workers[-1].pid)
+        workers[-1].kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def is_worker(process: psutil.Process, sign: str) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile, or is not ours
+        return False
+    return sign in command and "torch.distributed.run" not in command and process.pid != os.getpid()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("runner", ["torchrun", "ray"])
+def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_a_run_without_loss(
+    root: Path, components: Path, tmp_path: Path, runner: str
+) -> None:
+    longer = T2I.model_copy(update={"steps": 24})
+    options = {"workers": 2, "checkpoint_every_s": 0.0} | ({"cpus_per_worker": 0.5} if runner == "ray" else {})
+
+    def asked(name: str, **execution: object) -> StageRequest:
+        return request(root, components, tmp_path / name, **execution).model_copy(update={"settings": longer})
+
+    def sign(name: str) -> str:
+        return "RayTrainWorker" if runner == "ray" else str(tmp_path / name / "request.json")
+
+    with Lake(root, read_only=True) as lake:
+        alone, killed, started = train(asked("alone"), lake), [], time.monotonic()
+        watching = kill_a_worker(tmp_path / "replaced", sign("replaced"), killed)
+        answer = train(asked("replaced", runner=runner, max_failures=1, **options), lake)
+        watching.join(10)
+        assert killed and answer["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert furthest(tmp_path / "alone", tmp_path / "replaced") < 1e-6
+        assert time.monotonic() - started < 240
+        lines = [json.loads(line) for line in (tmp_path / "replaced/metrics.jsonl").read_text().splitlines()]
+        logged = [(line["position"], line["name"]) for line in lines if line["name"] == "loss"]
+        assert logged == [(10, "loss"), (20, "loss"), (24, "loss")], "each step counts once"
+        # The control: without a replacement the loss is an error, and what was reached stays.
+        kill_a_worker(tmp_path / "lost", sign("lost"), killed)
+        with pytest.raises(RuntimeError, match="stage 't2i' failed"):
+            train(asked("lost", runner=runner, max_failures=0, **options), lake)
+        assert len(killed) == 2 and torch.load(tmp_path / "lost/state.pt", weights_only=True)["position"] < 24
+    if runner == "ray":
+        assert not any(is_worker(process, "RayTrainWorker") for process in psutil.process_iter()), "Ray has ended with the stage"
 
 
 @pytest.mark.thorough
