@@ -13,10 +13,14 @@ import psutil
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dreamlite_data.lake import Lake
 from tests.trainers.synthetic import caption_lake
 from trainers import ray_train, stages
+from trainers.batch_plan import Plan
+from trainers.data import read_rows
 from trainers.execution import TrainExecution
 from trainers.launch import StageRequest, cause_in, train
 from trainers.model import load_unet
@@ -58,6 +62,27 @@ def test_two_processes_of_torchrun_train_what_this_one_does_and_name_what_failed
         broken = request(root, components, tmp_path / "broken", **execution).model_copy(update={"datasets": {"t2i": 2}})
         with pytest.raises(RuntimeError, match="stage 't2i' failed under torchrun: .*t2i.*torchrun.log"):
             train(broken, lake)
+
+
+@pytest.mark.thorough
+def test_a_row_that_is_not_finite_in_one_process_ends_all_and_is_named(components: Path, tmp_path: Path) -> None:
+    """The latent of one image is NaN in the cache: the process that meets it says so, the other one's wait for it is no cause."""
+    caption_lake(tmp_path / "lake")
+    with Lake(tmp_path / "lake", read_only=True) as lake:
+        train(request(tmp_path / "lake", components, tmp_path / "alone"), lake)
+        (part,) = (tmp_path / "lake/files/cache").glob("latents-*/part-*.safetensors")
+        with safe_open(part, framework="pt") as file:
+            metadata, flat, lengths = file.metadata(), file.get_tensor("flat"), file.get_tensor("lengths")
+        order = Plan({(64, 64): {"generate": list(range(12))}}, T2I.tasks, T2I.batch, (3, 0)).indices(0)[0]
+        bad = read_rows(lake, [("t2i", 1)], split="train")[order[-1]]  # the last row of the first batch is the second process's
+        flat.split(lengths.tolist())[json.loads(metadata["keys"]).index(bad.image_id)].fill_(torch.nan)
+        save_file({"flat": flat, "lengths": lengths}, part, metadata)
+        with pytest.raises(RuntimeError, match="failed under torchrun: .*FloatingPointError: t2i: the loss of 2 rows is not finite at step 0") as told:
+            train(request(tmp_path / "lake", components, tmp_path / "out", runner="torchrun", workers=2, max_failures=0), lake)
+    assert [path.name for path in (tmp_path / "out").glob("offending_rows*.json")] == ["offending_rows.1.json"]
+    kept = json.loads((tmp_path / "out/offending_rows.1.json").read_text())["rows"]
+    assert bad.row_id in [row["row_id"] for row in kept] and all(row["row_id"] in str(told.value) for row in kept)
+    assert not (tmp_path / "out/checkpoint").exists()
 
 
 def kill_a_worker(output: Path, sign: str, killed: list[int]) -> threading.Thread:
