@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -74,19 +76,26 @@ def test_only_the_recipe_that_weighs_the_foreground_needs_masks(monkeypatch):
         assert len(read(settings)) == 2
 
 
+@contextmanager
+def not_finite(rows: SceneRows, image_id: str) -> Iterator[None]:
+    """The latent of one image is NaN inside the block."""
+    healthy = rows.latents.values[image_id]
+    rows.latents.values[image_id] = torch.full_like(healthy, float("nan"))
+    try:
+        yield
+    finally:
+        rows.latents.values[image_id] = healthy
+
+
 def test_a_nan_in_a_batch_stops_before_any_weight_takes_it_and_names_the_row(rows, tmp_path):
     recipe = SupervisedRecipe(fresh(), rows, JOINT, (1,))
     run(recipe, steps=1, output=tmp_path, label="joint")
     state = (tmp_path / "state.pt").read_bytes()
     weights = {name: value.clone() for name, value in recipe.unet.state_dict().items()}
     bad = rows.rows[recipe.plans[0].indices(1)[0][0]]
-    healthy = rows.latents.values[bad.image_id]
-    rows.latents.values[bad.image_id] = torch.full_like(healthy, float("nan"))
-    try:
-        with pytest.raises(FloatingPointError, match=rf"joint: the loss of 1 rows is not finite at step 1 \({bad.row_id}\)"):
-            run(recipe, steps=4, output=tmp_path, label="joint")
-    finally:
-        rows.latents.values[bad.image_id] = healthy
+    stopped = pytest.raises(FloatingPointError, match=rf"joint: the loss of 1 rows is not finite at step 1 \({bad.row_id}\)")
+    with not_finite(rows, bad.image_id), stopped:
+        run(recipe, steps=4, output=tmp_path, label="joint")
     kept = json.loads((tmp_path / "offending_rows.json").read_text())
     assert kept["step"] == 1 and [row["row_id"] for row in kept["rows"]] == [bad.row_id]
     assert (tmp_path / "state.pt").read_bytes() == state, "the checkpoint before it is untouched"
@@ -127,13 +136,9 @@ def test_a_nan_in_distillation_stops_the_network_that_meets_it(rows, tmp_path, i
     state = (tmp_path / "state.pt").read_bytes()
     weights = {name: [value.clone() for value in net.state_dict().values()] for name, net in recipe.modules.items()}
     bad = next(rows.rows[index] for index in recipe.plan.indices(2 + inner)[0] if rows.rows[index].task == "edit")
-    healthy = rows.latents.values[bad.source_image_id]
-    rows.latents.values[bad.source_image_id] = torch.full_like(healthy, float("nan"))
-    try:
-        with pytest.raises(FloatingPointError, match=rf"dmd2: the loss of 1 rows is not finite at step 1 \({bad.row_id}\)"):
-            run(recipe, steps=2, output=tmp_path, label="dmd2")
-    finally:
-        rows.latents.values[bad.source_image_id] = healthy
+    stopped = pytest.raises(FloatingPointError, match=rf"dmd2: the loss of 1 rows is not finite at step 1 \({bad.row_id}\)")
+    with not_finite(rows, bad.source_image_id), stopped:
+        run(recipe, steps=2, output=tmp_path, label="dmd2")
     assert [row["row_id"] for row in json.loads((tmp_path / "offending_rows.json").read_text())["rows"]] == [bad.row_id]
     assert (tmp_path / "state.pt").read_bytes() == state
     moved = {name for name, net in recipe.modules.items() if not all(map(torch.equal, weights[name], net.state_dict().values()))}
