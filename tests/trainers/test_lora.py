@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from tests.trainers.conftest import TINY_MODEL
 from tests.trainers.synthetic import SceneRows
-from tests.trainers.test_pipelines import INSTRUCTION, PROMPT, own_latents
+from tests.trainers.test_pipelines import INSTRUCTIONS, PROMPTS, SOURCES, own_latents
 from tests.trainers.test_recipes import JOINT, Brightness
 from trainers.conditioning import PromptEncoder
 from trainers.flow import keyed_normal
@@ -49,15 +49,15 @@ def test_the_stock_pipeline_with_the_adapter_draws_what_the_trained_network_draw
     stock.set_progress_bar_config(disable=True)
     stock.prepare_latents = lambda *_arguments, **_keywords: noise.clone()
     for edit in (False, True):
-        source, plain = own_latents(sampler, noise, edit=edit, steps=4, scale=3.5, image_scale=1.5)
+        plain = own_latents(sampler, noise, edit=edit, steps=4, scale=3.5, image_scale=1.5)
         sampler.unet = unet.eval()
-        _, ours = own_latents(sampler, noise, edit=edit, steps=4, scale=3.5, image_scale=1.5)
+        ours = own_latents(sampler, noise, edit=edit, steps=4, scale=3.5, image_scale=1.5)
         sampler.unet = load_unet(base).eval()
 
-        def theirs(edit=edit, source=source):
+        def theirs(edit=edit):
             return stock(
-                INSTRUCTION if edit else PROMPT, height=64, width=64, num_inference_steps=4, output_type="latent",
-                guidance_scale=3.5, image_guidance_scale=1.5, **({"image": source} if edit else {}),
+                (INSTRUCTIONS if edit else PROMPTS)[0], height=64, width=64, num_inference_steps=4, output_type="latent",
+                guidance_scale=3.5, image_guidance_scale=1.5, **({"image": SOURCES[0]} if edit else {}),
             ).images  # fmt: skip
 
         before = theirs()
@@ -69,7 +69,7 @@ def test_the_stock_pipeline_with_the_adapter_draws_what_the_trained_network_draw
         stock.unet.unload_lora()
     merge_lora(unet)
     sampler.unet = unet
-    _, merged = own_latents(sampler, noise, edit=True, steps=4, scale=3.5, image_scale=1.5)
+    merged = own_latents(sampler, noise, edit=True, steps=4, scale=3.5, image_scale=1.5)
     torch.testing.assert_close(merged, ours, atol=1e-4, rtol=1e-4)
     assert set(unet.state_dict()) == set(load_unet(base).state_dict()), "a merged network is a plain one"
 

@@ -18,13 +18,14 @@ SOURCES = [as_image(scenes.render(scenes.sample_scene(np.random.default_rng(seed
 
 
 def own_latents(sampler, noise, *, edit, steps, scale, image_scale):
-    """Latents of both rows, drawn as one batch."""
-    encoder = sampler.encoder
+    """Latents of the first row or of both, drawn as one batch."""
+    encoder, rows = sampler.encoder, len(noise)
     if edit:
-        text, null, condition = encoder.edit(SOURCES, INSTRUCTIONS), encoder.edit(SOURCES, [None, None]), sampler.encode_images(SOURCES)
+        sources, condition = SOURCES[:rows], sampler.encode_images(SOURCES[:rows])
+        text, null = encoder.edit(sources, INSTRUCTIONS[:rows]), encoder.edit(sources, [None] * rows)
     else:
-        text, null, condition = encoder.generate(PROMPTS), encoder.generate([None, None]), torch.zeros_like(noise)
-    velocity = guided_velocity(sampler.unet, condition, text, null, torch.tensor([edit, edit]), 64, scale, image_scale)
+        text, null, condition = encoder.generate(PROMPTS[:rows]), encoder.generate([None] * rows), torch.zeros_like(noise)
+    velocity = guided_velocity(sampler.unet, condition, text, null, torch.tensor([edit] * rows), 64, scale, image_scale)
     with torch.no_grad():
         return sample(velocity, noise, deployed_sigmas(steps, 8, 8))
 
