@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from dreamlite_data.dataset import DatasetError
 from dreamlite_data.lake import Lake
 from dreamlite_data.strict_settings import StrictSettings
 from trainers.device import use_device
@@ -26,6 +27,8 @@ LOST_PEER = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection re
 
 ANSWER = "trained.json"
 """What the first process leaves in the stage's folder for the one that launched it: its metrics."""
+REFUSAL = "refusal.txt"
+"""What a process leaves there that will fail again however often it is replaced: bad settings, bad rows, a loss that is not finite."""
 
 
 class StageRequest(StrictSettings):
@@ -63,7 +66,8 @@ def train(request: StageRequest, lake: Lake) -> dict[str, float]:
     if request.parent:  # which settings were left open is not said in what is sent
         request = request.model_copy(update={"model": follow_checkpoint(request.parent, request.model)})
     request.output.mkdir(parents=True, exist_ok=True)
-    (request.output / ANSWER).unlink(missing_ok=True)
+    for name in (ANSWER, REFUSAL):
+        (request.output / name).unlink(missing_ok=True)
     if request.execution.runner == "ray":
         from trainers.ray_train import train_on_ray
 
@@ -74,13 +78,23 @@ def train(request: StageRequest, lake: Lake) -> dict[str, float]:
 
 
 def train_here(request: StageRequest, on_checkpoint: Callable[[int, Mapping[str, float]], None] | None = None) -> None:
-    """This process's part of a training that several share; the first one leaves the answer in the stage's folder."""
+    """This process's part of a training that several share; the first one leaves the answer in the stage's folder.
+
+    Raises RuntimeError at once where an earlier try was refused: only lost workers are worth another one.
+    """
+    refusal = request.output / REFUSAL
+    if refusal.exists():
+        raise RuntimeError(refusal.read_text())
     # Sharded rewards gather their weights in every call: calls on two threads would meet those of other processes out of order.
     one = request.execution.shard_rewards
     device = use_device(_wanted(request))
     use_threads(1 if one else request.threads or max(1, processors() // request.execution.most), device)
     with joined(device) as here, Lake(request.lake, read_only=True) as lake:
-        metrics = _train_stage(request, lake, device, on_checkpoint)
+        try:
+            metrics = _train_stage(request, lake, device, on_checkpoint)
+        except (ValueError, FloatingPointError, DatasetError) as error:
+            refusal.write_text(f"{type(error).__name__}: {error}")
+            raise
         if here.first:
             partial = request.output / f"{ANSWER}.partial"
             partial.write_text(json.dumps(metrics))

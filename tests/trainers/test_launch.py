@@ -78,7 +78,9 @@ def test_a_row_that_is_not_finite_in_one_process_ends_all_and_is_named(component
         flat.split(lengths.tolist())[json.loads(metadata["keys"]).index(bad.image_id)].fill_(torch.nan)
         save_file({"flat": flat, "lengths": lengths}, part, metadata)
         with pytest.raises(RuntimeError, match="failed under torchrun: .*FloatingPointError: t2i: the loss of 2 rows is not finite at step 0") as told:
-            train(request(tmp_path / "lake", components, tmp_path / "out", runner="torchrun", workers=2, max_failures=0), lake)
+            train(request(tmp_path / "lake", components, tmp_path / "out", runner="torchrun", workers=2, max_failures=2), lake)
+    trained = (tmp_path / "out/torchrun.log").read_text().count("in train_stage")
+    assert 1 <= trained <= 2, "the processes that are started anew do not try again what will fail again"
     assert [path.name for path in (tmp_path / "out").glob("offending_rows*.json")] == ["offending_rows.1.json"]
     kept = json.loads((tmp_path / "out/offending_rows.1.json").read_text())["rows"]
     assert bad.row_id in [row["row_id"] for row in kept] and all(row["row_id"] in str(told.value) for row in kept)
