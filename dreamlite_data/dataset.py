@@ -61,6 +61,16 @@ class Dataset:
 
 def open_dataset(lake: Lake, name: str, version: int | None = None) -> Dataset:
     """Open a version of a curated dataset, the newest without `version`. Raises DatasetError with what there is."""
+    version, digest = find_version(lake, name, version)
+    rows = lake.query(
+        "SELECT * EXCLUDE (name, version) FROM dataset_rows WHERE name = $name AND version = $version ORDER BY row_id",
+        {"name": name, "version": version},
+    )
+    return Dataset(name, version, digest, rows)
+
+
+def find_version(lake: Lake, name: str, version: int | None = None) -> tuple[int, str]:
+    """(number, digest of its rows) of a version, the newest without `version`. Raises DatasetError with what there is."""
     known = lake.query("SELECT name, version, digest FROM datasets ORDER BY name, version").to_pylist()
     of_name = [row for row in known if row["name"] == name]
     if not of_name:
@@ -71,11 +81,7 @@ def open_dataset(lake: Lake, name: str, version: int | None = None) -> Dataset:
     found = [row for row in of_name if row["version"] == int(version)]
     if not found:
         raise DatasetError(f"dataset {name!r} has no version {version}; it has {', '.join(str(row['version']) for row in of_name)}")
-    rows = lake.query(
-        "SELECT * EXCLUDE (name, version) FROM dataset_rows WHERE name = $name AND version = $version ORDER BY row_id",
-        {"name": name, "version": int(version)},
-    )
-    return Dataset(name, int(version), found[0]["digest"], rows)
+    return int(version), found[0]["digest"]
 
 
 def image_places(lake: Lake, ids: pa.Array | Sequence[str]) -> dict[str, tuple[str, int]]:

@@ -54,7 +54,7 @@ def joined(device: torch.device = CPU) -> Iterator[World]:
     """
     ours = not dist.is_initialized() and "WORLD_SIZE" in os.environ
     if ours:
-        dist.init_process_group(backend(device.type), timeout=datetime.timedelta(seconds=PATIENCE_S))
+        _join(backend(device.type), datetime.timedelta(seconds=PATIENCE_S))
     here = world()
     if not here.first:
         os.environ["DREAMLITE_PROGRESS"] = "0"
@@ -63,6 +63,14 @@ def joined(device: torch.device = CPU) -> Iterator[World]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _join(backend_name: str, timeout: datetime.timedelta) -> None:
+    """Join the group with names of this try alone: torchrun's store outlives a try and keeps the addresses of lost processes, and those
+    that replaced them would wait for them for ever (torch 2.13, see pytorch/pytorch#135712)."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"try_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend_name, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def backend(device_type: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,14 +22,15 @@ from trainers.distributed import joined
 from trainers.execution import Device, TrainExecution
 from trainers.parallel import processors, use_threads
 from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, SupervisedSettings
-from trainers.stages import follow_checkpoint, train_stage
+from trainers.stages import StoppedError, follow_checkpoint, train_stage
 
 LOST_PEER = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection refused", "Connection reset")
 
 ANSWER = "trained.json"
 """What the first process leaves in the stage's folder for the one that launched it: its metrics."""
-REFUSAL = "refusal.txt"
-"""What a process leaves there that will fail again however often it is replaced: bad settings, bad rows, a loss that is not finite."""
+REFUSALS = (ValueError, FloatingPointError, DatasetError, StoppedError)
+"""What fails again however often its process is replaced: bad settings, bad rows, a loss that is not finite, a stage that stopped itself.
+What may be of one machine or moment, such as a lost peer, a full disk or a missing GPU, is not among them."""
 
 
 class StageRequest(StrictSettings):
@@ -45,6 +47,7 @@ class StageRequest(StrictSettings):
     seed: int
     threads: int | None = Field(None, description="threads of each process on CPUs; null shares the processors evenly")
     execution: TrainExecution
+    launch: str = Field("", description="name of one launch of several processes, so that nothing an earlier one left speaks for it")
     device: Device = Field("auto", description="what each process computes on; on Ray `gpus_per_worker` says it")
 
 
@@ -62,12 +65,12 @@ def train(request: StageRequest, lake: Lake) -> dict[str, float]:
     if isinstance(request.settings, ReFLSettings):
         seconds = {task: each.model_copy(update={"model": each.model.absolute()}) for task, each in request.settings.second_scorers.items()}
         moved["settings"] = request.settings.model_copy(update={"second_scorers": seconds})
-    request = request.model_copy(update=moved)
+    request = request.model_copy(update=moved | {"launch": uuid.uuid4().hex})
     if request.parent:  # which settings were left open is not said in what is sent
         request = request.model_copy(update={"model": follow_checkpoint(request.parent, request.model)})
     request.output.mkdir(parents=True, exist_ok=True)
-    for name in (ANSWER, REFUSAL):
-        (request.output / name).unlink(missing_ok=True)
+    for left in (request.output / ANSWER, *request.output.glob("refusal-*")):
+        left.unlink(missing_ok=True)
     if request.execution.runner == "ray":
         from trainers.ray_train import train_on_ray
 
@@ -82,7 +85,7 @@ def train_here(request: StageRequest, on_checkpoint: Callable[[int, Mapping[str,
 
     Raises RuntimeError at once where an earlier try was refused: only lost workers are worth another one.
     """
-    refusal = request.output / REFUSAL
+    refusal = request.output / f"refusal-{request.launch}.txt"
     if refusal.exists():
         raise RuntimeError(refusal.read_text())
     # Sharded rewards gather their weights in every call: calls on two threads would meet those of other processes out of order.
@@ -92,13 +95,18 @@ def train_here(request: StageRequest, on_checkpoint: Callable[[int, Mapping[str,
     with joined(device) as here, Lake(request.lake, read_only=True) as lake:
         try:
             metrics = _train_stage(request, lake, device, on_checkpoint)
-        except (ValueError, FloatingPointError, DatasetError) as error:
-            refusal.write_text(f"{type(error).__name__}: {error}")
+        except REFUSALS as error:
+            _leave(refusal, f"{type(error).__name__}: {error}")
             raise
         if here.first:
-            partial = request.output / f"{ANSWER}.partial"
-            partial.write_text(json.dumps(metrics))
-            partial.rename(request.output / ANSWER)
+            _leave(request.output / ANSWER, json.dumps(metrics))
+
+
+def _leave(path: Path, text: str) -> None:
+    """Write a whole file or none; of several processes that write it the last one counts."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def _wanted(request: StageRequest) -> Device:
@@ -129,13 +137,7 @@ def _torchrun(request: StageRequest) -> None:
     ]  # fmt: skip
     package_root = str(Path(__file__).resolve().parents[1])
     paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-        "OMP_NUM_THREADS": "1",
-        # A store that outlives a try keeps the addresses of lost processes, and those that replace them wait for them for ever
-        # (torch 2.13; pytorch/pytorch#135712).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"}
     log = request.output / "torchrun.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)

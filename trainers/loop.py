@@ -35,8 +35,8 @@ ROWS = "rows"
 """Among the logs of a micro-batch: how many rows it has."""
 SAVING_SHARE = 0.05
 """Of the time, at most, goes into writing checkpoints: large ones are written less often than was asked."""
-FREE_TO_CHANGE = {"micro_batch": True, "second_scorers": True, "size_phases": {"__all__": {"micro_batch"}}}
-"""Settings that a resume may have otherwise: what rounds, and where the scorers lie that training does not follow."""
+FREE_TO_CHANGE = {"micro_batch": True, "size_phases": {"__all__": {"micro_batch"}}, "second_scorers": {"__all__": {"model"}}}
+"""Settings that may differ when a training is resumed: what only rounds, and where a second scorer lies."""
 FINITE = "finite"
 """Among the logs of a micro-batch until they are read: whether its loss and its gradients are finite."""
 
@@ -112,9 +112,10 @@ def run(
     Of several processes the first one writes; `output` must be a folder that all of them see. `on_checkpoint` is called in
     each of them after a checkpoint, with the position and the newest metrics. `flops_per_sample` of a step is logged as a rate,
     and as a share of `peak_flops` (of all processes) where that is known. `made_of` is what the training rests on beside the
-    recipe's settings and key, such as its data: a checkpoint of other ones is no beginning of this training.
+    recipe's settings and key, such as its data: a checkpoint made with anything else is refused.
     Raises FloatingPointError with the step's number where a loss, gradient or metric is not finite (see `nonfinite` for
-    its rows), RuntimeError where another training writes to `output`, ValueError where the checkpoint there is damaged or another's.
+    its rows), RuntimeError where another training writes to `output`, ValueError where the checkpoint there is damaged or of another
+    training.
     """
     output.mkdir(parents=True, exist_ok=True)
     kept = max(LOG_EVERY, steps // 10)
@@ -191,10 +192,10 @@ def _mean(values: Sequence[tuple[int, float]], start: int) -> float:
 
 
 def _begin_alike(recipe: Recipe, start: int, output: Path) -> None:
-    """Give every process the weights of the first. Raises ValueError where they found different checkpoints."""
+    """Give every process the weights of the first. Raises RuntimeError where they found different checkpoints."""
     starts = gathered(start)
     if len(set(starts)) > 1:
-        raise ValueError(
+        raise RuntimeError(
             f"the processes found checkpoints at steps {', '.join(map(str, starts))} in {output}: give a folder that all of them see"
         )
     for module in recipe.modules.values():
@@ -328,7 +329,7 @@ def _resume(recipe: Recipe, output: Path, kept: int, identity: Mapping[str, Any]
         return 0, {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the stage begins again") from None
     began = state.get("identity", {})
     if changed := [name for name in {**began, **identity} if began.get(name) != identity.get(name)]:

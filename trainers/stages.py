@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dreamlite_data.dataset import find_version
 from dreamlite_data.lake import Lake
 from dreamlite_data.rewards import load_reward, load_scorer
 from trainers.compute import flops_per_sample, peak_flops
@@ -29,6 +30,10 @@ from trainers.settings import DMD2Settings, ModelSettings, ReFLSettings, Supervi
 STAGES = ("t2i", "edit", "joint", "sft", "refl", "dmd2")
 StageSettings = SupervisedSettings | ReFLSettings | DMD2Settings
 Versions = dict[str, int | None]
+
+
+class StoppedError(RuntimeError):
+    """A recipe that watches itself took no further step."""
 
 
 def train_stage(
@@ -52,7 +57,7 @@ def train_stage(
     Where several processes have been joined (`trainers.launch`), each calls this with its own `device`; the first one writes.
 
     `datasets` maps each name that the settings list to its version. Returns the last metrics. Raises ValueError where
-    the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent, and RuntimeError
+    the parent was trained with another hidden-state setting, a dataset lacks columns, or refl or dmd2 has no parent, and StoppedError
     where the recipe stopped itself: nothing may be distilled from a hacked reward.
     """
     if parent is None and not isinstance(settings, SupervisedSettings):
@@ -122,13 +127,14 @@ def train_stage(
         on_checkpoint=on_checkpoint,
         made_of={
             "model": model.model_dump(mode="json"),
-            "versions": dict(datasets),
+            "rows": {name: find_version(lake, name, datasets[name])[1] for name in settings.datasets},
             "components": digest,
+            "rewards": parts_digest(components, "rewards") if isinstance(settings, ReFLSettings) else None,
             "parent": parent and parts_digest(parent, "unet"),
         },
     )
     if "stopped_at_step" in metrics:
-        raise RuntimeError(
+        raise StoppedError(
             f"stage {stage!r} was stopped after {metrics['stopped_at_step']:.0f} of {settings.steps} steps, and no checkpoint is made of it: "
             f"{recipe.stop_reason()}"
         )

@@ -140,8 +140,8 @@ def scored(reward: RewardModel, images: torch.Tensor, sources: torch.Tensor | No
 
 
 def main(folder: Path) -> None:
-    """Every recipe; half of one that the test goes on with alone; and one with a key of each process's own, the mistake that the
-    test must notice."""
+    """Every recipe; half of one that the test goes on with alone; rewards that are sharded, scoring and training; and two mistakes that
+    the test must notice: a key of each process's own, and a normaliser over the rows of a process."""
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
     parallel.use_threads(1)
     with joined() as here:

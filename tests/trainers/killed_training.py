@@ -42,7 +42,7 @@ def train(name: str, inputs: Inputs, output: Path, journal: Path) -> None:
         return step(index)
 
     def noted_batch(indices: list[int], positions: list[int], **choices: bool) -> object:
-        note(rows=list(indices), positions=list(positions))
+        note(rows=list(zip(indices, positions, strict=True)))
         return read(indices, positions, **choices)
 
     recipe.step, inputs.rows.batch = noted_step, noted_batch
@@ -62,14 +62,16 @@ def main(folder: Path, name: str, seed: int) -> None:
             train(name, inputs, folder / name, journal)
             os._exit(0)
         if attempt < KILLS:
-            later = draw.randint(2, 7)
+            later = draw.randint(1, 5)
             while len(after_checkpoint(journal, before)) <= later:
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    raise RuntimeError(f"{name} ended before it could be killed: raise STEPS")
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    raise RuntimeError(f"{name} ended with status {status} before it could be killed: where that is 0, raise STEPS")
                 time.sleep(0.001)
-            time.sleep(draw.random() * 0.1)
             os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError(f"the last {name} ended with status {status}")
 
 
 def after_checkpoint(journal: Path, before: int) -> list[str]:

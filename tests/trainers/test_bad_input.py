@@ -168,8 +168,6 @@ def test_a_checkpoint_of_other_settings_is_no_beginning(rows, tmp_path, changed,
     with pytest.raises(ValueError, match=f"state.pt began as another training .*{said}"):
         run(SupervisedRecipe(fresh(), rows, JOINT.model_copy(update=changed), key), steps=2, output=tmp_path, label="joint")
     assert (tmp_path / "state.pt").read_bytes() == state
-    with pytest.raises(ValueError, match="versions: None there"):
-        run(SupervisedRecipe(fresh(), rows, JOINT, (1,)), steps=2, output=tmp_path, label="joint", made_of={"versions": {"t2i": 2}})
     run(SupervisedRecipe(fresh(), rows, JOINT.model_copy(update={"micro_batch": 2}), (1,)), steps=2, output=tmp_path, label="joint")
 
 

@@ -61,7 +61,7 @@ def test_the_supervised_loss_reaches_the_optimum_of_a_gaussian(monkeypatch, mist
     recipe.ema.copy_to(recipe.unet)
     loss = held_out_loss(recipe.unet)
     if mistake:
-        assert loss > 1.9
+        assert loss > 2.2, "worse than a network that knows nothing"
         return
     assert 1.56 < loss < 1.60
     found = drawn_by(recipe.unet, [1 - step / 50 for step in range(51)], 1, panels=400)
@@ -123,10 +123,9 @@ def test_dmd2_distils_a_mixture_and_keeps_its_modes(monkeypatch):
     near, counts = coverage(found, FOUR_MODES, DEVIATION)
     assert sliced_distance(found, truth) < 0.75 * before
     assert near > 0.93 and (counts - 0.25).abs().max() < 0.06
-    stale = sliced_distance(distilled(net, rows, 300, "no fake updates"), truth)
+    stale = sliced_distance(distilled(net, rows, 500, "no fake updates"), truth)
     assert stale > 0.75 * before, "a fake score that does not follow its student must not pass"
-    still = sliced_distance(distilled(net, rows, 20, "fake is the teacher"), truth)
-    assert still == pytest.approx(before, rel=0.05), "equal scores have no gradient"
+    assert sliced_distance(distilled(net, rows, 20, "fake is the teacher"), truth) == before, "equal scores have no gradient"
     monkeypatch.setattr(dmd2, "matching_gradient", flipped)
     away = sliced_distance(distilled(net, rows, 60), truth)
     assert away > 2 * before, "with the sign flipped the student flees from its teacher"

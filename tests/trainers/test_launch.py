@@ -4,7 +4,7 @@ The weights differ by the rounding of a sum, and what cannot run is refused befo
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -80,34 +80,43 @@ def test_a_row_that_is_not_finite_in_one_process_ends_all_and_is_named(component
         with pytest.raises(RuntimeError, match="failed under torchrun: .*FloatingPointError: t2i: the loss of 2 rows is not finite at step 0") as told:
             train(request(tmp_path / "lake", components, tmp_path / "out", runner="torchrun", workers=2, max_failures=2), lake)
     trained = (tmp_path / "out/torchrun.log").read_text().count("in train_stage")
-    assert 1 <= trained <= 2, "the processes that are started anew do not try again what will fail again"
+    assert 1 <= trained <= 2, "restarted processes do not retry what will fail again"
     assert [path.name for path in (tmp_path / "out").glob("offending_rows*.json")] == ["offending_rows.1.json"]
     kept = json.loads((tmp_path / "out/offending_rows.1.json").read_text())["rows"]
     assert bad.row_id in [row["row_id"] for row in kept] and all(row["row_id"] in str(told.value) for row in kept)
     assert not (tmp_path / "out/checkpoint").exists()
 
 
-def kill_a_worker(output: Path, sign: str, killed: list[int]) -> threading.Thread:
-    """Waits for the first checkpoint in `output` and then ends one process whose command line holds `sign`, as a lost node would."""
+def kill_a_worker(output: Path, runner: str, killed: list[int]) -> threading.Thread:
+    """Waits for the first checkpoint in `output` and then ends a worker, the one that writes under torchrun, as a lost node would."""
 
     def watch() -> None:
+        ends = time.monotonic() + 200
         while not (output / "state.pt").exists():
+            if time.monotonic() > ends:
+                return
             time.sleep(0.005)
-        workers = [process for process in psutil.process_iter() if is_worker(process, sign)]
-        killed.append(workers[-1].pid)
-        workers[-1].kill()
+        worker = min(workers_of(runner), key=lambda process: process.pid)
+        killed.append(worker.pid)
+        worker.kill()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
 
 
-def is_worker(process: psutil.Process, sign: str) -> bool:
-    try:
-        command = " ".join(process.cmdline())
-    except psutil.Error:  # it ended meanwhile, or is not ours
-        return False
-    return sign in command and "torch.distributed.run" not in command and process.pid != os.getpid()
+def workers_of(runner: str) -> list[psutil.Process]:
+    """Processes below this one that train."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:  # it ended meanwhile
+            continue
+        sign = "RayTrainWorker" if runner == "ray" else "-m trainers.launch"
+        if sign in command and "torch.distributed.run" not in command:
+            found.append(process)
+    return found
 
 
 @pytest.mark.thorough
@@ -121,12 +130,9 @@ def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_a_run_without_lo
     def asked(name: str, **execution: object) -> StageRequest:
         return request(root, components, tmp_path / name, **execution).model_copy(update={"settings": longer})
 
-    def sign(name: str) -> str:
-        return "RayTrainWorker" if runner == "ray" else str(tmp_path / name / "request.json")
-
     with Lake(root, read_only=True) as lake:
         alone, killed, started = train(asked("alone"), lake), [], time.monotonic()
-        watching = kill_a_worker(tmp_path / "replaced", sign("replaced"), killed)
+        watching = kill_a_worker(tmp_path / "replaced", runner, killed)
         answer = train(asked("replaced", runner=runner, max_failures=1, **options), lake)
         watching.join(10)
         assert killed and answer["loss"] == pytest.approx(alone["loss"], rel=1e-5)
@@ -136,12 +142,11 @@ def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_a_run_without_lo
         logged = [(line["position"], line["name"]) for line in lines if line["name"] == "loss"]
         assert logged == [(10, "loss"), (20, "loss"), (24, "loss")], "each step counts once"
         # The control: without a replacement the loss is an error, and what was reached stays.
-        kill_a_worker(tmp_path / "lost", sign("lost"), killed)
+        kill_a_worker(tmp_path / "lost", runner, killed)
         with pytest.raises(RuntimeError, match="stage 't2i' failed"):
             train(asked("lost", runner=runner, max_failures=0, **options), lake)
         assert len(killed) == 2 and torch.load(tmp_path / "lost/state.pt", weights_only=True)["position"] < 24
-    if runner == "ray":
-        assert not any(is_worker(process, "RayTrainWorker") for process in psutil.process_iter()), "Ray has ended with the stage"
+    assert not workers_of(runner), "they have ended with the stage"
 
 
 @pytest.mark.thorough
@@ -161,6 +166,26 @@ def test_two_workers_of_ray_train_what_this_process_does_and_go_on_from_its_chec
     reported = sorted((tmp_path / "together/ray").glob("*/checkpoint_*/state.json"))
     assert len(reported) == 2, "the newest checkpoint of each of the two runs"
     assert all(json.loads(path.read_text())["position"] == T2I.steps for path in reported)
+
+
+def test_a_stage_goes_on_only_from_a_checkpoint_of_the_same_rows_and_parts(root: Path, components: Path, tmp_path: Path) -> None:
+    """Another number of a dataset version with the same rows is the same training; each other change is refused by its name."""
+    brief = T2I.model_copy(update={"steps": 2})
+    asked = request(root, components, tmp_path / "out").model_copy(update={"settings": brief})
+    with Lake(root) as lake:
+        parent = tmp_path / "out" / "checkpoint"
+        train(asked, lake)
+        rows = lake.query("SELECT * FROM dataset_rows WHERE name = 't2i' AND version = 1").to_pylist()
+        for version, digest in ((3, "d"), (4, "e")):
+            numbered = [row | {"version": version} for row in rows]
+            lake.append({"datasets": [{"name": "t2i", "version": version, "digest": digest, "rows": 12}], "dataset_rows": numbered})
+        train(asked.model_copy(update={"datasets": {"t2i": 3}}), lake)
+        other = shutil.copytree(components, tmp_path / "components")
+        (other / "vae" / "note.txt").write_text("another version of the part")
+        changes = {"rows": {"datasets": {"t2i": 4}}, "components": {"components": other}, "parent": {"parent": parent}}
+        for name, change in changes.items():
+            with pytest.raises(ValueError, match=rf"state.pt began as another training \({name}: "):
+                train(asked.model_copy(update=change), lake)
 
 
 def test_a_request_survives_the_way_to_another_process(root: Path, components: Path, tmp_path: Path) -> None:

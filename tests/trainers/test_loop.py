@@ -61,19 +61,21 @@ def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(components: Path, 
         assert last <= resumed <= reached + 1, "more was lost than what came after the last checkpoint"
         lost.append(reached + 1 - resumed)
     assert any(lost), "no kill ever cost a step: nothing was tried"
-    done: dict[int, list[int]] = {}
+    done: dict[int, list[list[int]]] = {}
     for life in lives:  # what a life did after its last checkpoint is done again by the next: that one counts
         done |= life.steps
     assert done == whole.steps
-    read = collections.Counter(row for step in done.values() for row in step)
-    assert len(read) == len(rows.rows) and len(set(read.values())) == 1, "whole epochs: each row as often as any other"
+    read = [tuple(each) for step in sorted(done) for each in done[step]]
+    assert sorted(position for _, position in read) == list(range(len(read))), "no position of the plan is left out or repeated"
+    counts = collections.Counter(row for row, _ in read)
+    assert len(counts) == len(rows.rows) and len(set(counts.values())) == 1, "whole epochs: each row as often as any other"
 
 
 @dataclasses.dataclass
 class Life:
-    """One process of a training: the rows that each of its steps read, and the positions of its checkpoints."""
+    """One process of a training: (row, position) of what each of its steps read, and the steps of its checkpoints."""
 
-    steps: dict[int, list[int]]
+    steps: dict[int, list[list[int]]]
     checkpoints: list[int]
 
 

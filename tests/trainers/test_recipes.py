@@ -123,9 +123,6 @@ def test_drop_out_rates_are_the_settings_and_repeat_on_resume():
     assert shares.pop(("generate", "both")) == 0
     expected = {("generate", "text"): 0.1, ("edit", "text"): 0.05, ("edit", "both"): 0.05}
     assert all(abs(shares[name] - share) < 3 * (share * (1 - share) / total) ** 0.5 for name, share in expected.items())
-    # Two independent draws at the same rates, the mistake, would drop the source alone on nearly all rows that lose it.
-    text, source = (torch.rand(total, generator=torch.Generator().manual_seed(seed)) < 0.1 for seed in (0, 1))
-    assert (source & ~text).sum() > 0.5 * source.sum()
 
 
 def test_the_null_prompt_is_the_template_without_its_task(components, monkeypatch):
@@ -225,6 +222,7 @@ def test_dmd2_moves_student_and_fake_and_nothing_else(rows):
 
 def test_the_checkpoint_of_a_stage_holds_the_average(components, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "TrainingRows", lambda *_, vae, encoder, **__: SceneRows(4, vae, encoder))
+    monkeypatch.setattr(stages, "find_version", lambda *_: (1, "digest"))
     settings = SupervisedSettings(tasks={"generate": 1.0}, datasets=("t2i",), steps=2, batch=2, micro_batch=2, warmup_steps=0)
     stages.train_stage(
         "t2i", settings, TINY_MODEL, components=components, parent=None, lake=None, datasets={"t2i": 1}, output=tmp_path, seed=0

@@ -1,4 +1,4 @@
-"""The way of ReFL's gradient through the decoder and the rewards of the package: it is the slope of the reward along one step of the
+"""The path of ReFL's gradient through the decoder and the rewards of the package: it is the slope of the reward along one step of the
 rollout, the frozen parts stay as they are, and the steps before it leave no graph."""
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def recipe(components: Path) -> ReFLRecipe:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_gradient_is_the_slope_through_decoder_and_reward(recipe: ReFLRecipe, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Along a direction of which half is the gradient and half is random: within 1 % of a difference of both sides."""
-    frozen = {"decoder": recipe.vae, "reference": recipe.reference, **{task: reward.network for task, reward in recipe.rewards.items()}}
+    frozen = {"decoder": recipe.vae, "reference": recipe.reference, **{name: reward.network for name, reward in recipe.rewards.items()}}
     before = {name: {key: value.clone() for key, value in module.state_dict().items()} for name, module in frozen.items()}
     batch, stop, index = recipe._batch(task, TASKS.index(task)), 2, TASKS.index(task)
     monkeypatch.setattr(recipe, "_exits", lambda batch: [stop])
