@@ -16,6 +16,7 @@ from pydantic import Field
 
 from dreamlite_data.dataset import DatasetError
 from dreamlite_data.lake import Lake
+from dreamlite_data.responses import write_whole
 from dreamlite_data.strict_settings import StrictSettings
 from trainers.device import use_device
 from trainers.distributed import joined
@@ -96,17 +97,10 @@ def train_here(request: StageRequest, on_checkpoint: Callable[[int, Mapping[str,
         try:
             metrics = _train_stage(request, lake, device, on_checkpoint)
         except REFUSALS as error:
-            _leave(refusal, f"{type(error).__name__}: {error}")
+            write_whole(refusal, f"{type(error).__name__}: {error}".encode())
             raise
         if here.first:
-            _leave(request.output / ANSWER, json.dumps(metrics))
-
-
-def _leave(path: Path, text: str) -> None:
-    """Write a whole file or none; of several processes that write it the last one counts."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.rename(path)
+            write_whole(request.output / ANSWER, json.dumps(metrics).encode())
 
 
 def _wanted(request: StageRequest) -> Device:

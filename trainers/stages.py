@@ -11,7 +11,7 @@ import torch
 
 from dreamlite_data.dataset import find_version
 from dreamlite_data.lake import Lake
-from dreamlite_data.rewards import load_reward, load_scorer
+from dreamlite_data.rewards import RewardModel, load_reward, load_scorer
 from trainers.compute import flops_per_sample, peak_flops
 from trainers.conditioning import PromptEncoder, encoder_grid_px
 from trainers.data import TrainingRows, encoders_digest, parts_digest
@@ -102,6 +102,7 @@ def train_stage(
     execution, peak = execution or TrainExecution(), peak_flops(device)
     if execution.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    rewards: dict[str, RewardModel] = {}
     if isinstance(settings, SupervisedSettings):
         recipe = SupervisedRecipe(unet, rows, settings, key)
     elif isinstance(settings, ReFLSettings):
@@ -129,7 +130,7 @@ def train_stage(
             "model": model.model_dump(mode="json"),
             "rows": {name: find_version(lake, name, datasets[name])[1] for name in settings.datasets},
             "components": digest,
-            "rewards": parts_digest(components, "rewards") if isinstance(settings, ReFLSettings) else None,
+            "rewards": {task: reward.scorer_id for task, reward in rewards.items()},
             "parent": parent and parts_digest(parent, "unet"),
         },
     )

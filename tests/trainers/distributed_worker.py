@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -98,12 +99,8 @@ def train(name: str, inputs: Inputs, output: Path, steps: int | None = None) -> 
 
 
 def train_with_batch_mean(inputs: Inputs, output: Path) -> None:
-    kept = recipe_module.matching_gradient
-    recipe_module.matching_gradient = batch_mean_gradient
-    try:
+    with mock.patch.object(recipe_module, "matching_gradient", batch_mean_gradient):
         train("dmd2", inputs, output)
-    finally:
-        recipe_module.matching_gradient = kept
 
 
 def train_with_rewards(inputs: Inputs, output: Path, *, sharded: bool) -> ReFLRecipe:

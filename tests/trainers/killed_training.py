@@ -35,7 +35,7 @@ def train(name: str, inputs: Inputs, output: Path, journal: Path) -> None:
             file.write(json.dumps({"process": os.getpid(), **event}) + "\n")
 
     recipe = RECIPES[name](inputs)
-    step, read = recipe.step, recipe.rows.batch if name == "dmd2" else recipe.rows[0].batch
+    step, read = recipe.step, inputs.rows.batch
 
     def noted_step(index: int) -> dict[str, float]:
         note(step=index)
